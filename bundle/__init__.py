@@ -1,0 +1,1 @@
+"""The contract between export and runtime: errors, manifest, atomic writes. Needs numpy and msgspec only."""

@@ -1,0 +1,158 @@
+"""Writes that happen entirely or not at all.
+
+A file or a bundle directory is prepared under a temporary name beside its target, flushed to the disk, and renamed. A process
+killed at any moment leaves the old content or none under the target's name, and a leftover that the next writer removes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from bundle.errors import BundleError, BundleLockedError, StorageError
+
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn 'the disk is full' and its kin into StorageError; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        raise StorageError(
+            f"cannot write {path}",
+            got=os.strerror(error.errno or 0),
+            expected="room for the whole output",
+            hint="free some space or choose another folder (--out); nothing was replaced.",
+        ) from error
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a small file atomically: temporary sibling, fsync, rename.
+
+    Raises:
+        StorageError: the disk is full or read-only; an existing file stays as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with disk_errors(path):
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusive(target: Path) -> Iterator[None]:
+    """Hold the lock of a target directory; the lock dies with the process, even by kill -9.
+
+    Raises:
+        BundleLockedError: another process holds it.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(target.parent / f".{target.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BundleLockedError(
+            f"another build is writing {target}",
+            expected="one build at a time",
+            hint="wait for it, or build into another directory with --out.",
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def staged_directory(target: Path) -> Iterator[Path]:
+    """Yield an empty sibling directory that becomes `target` when the block ends without an error.
+
+    Call it inside `exclusive(target)`: leftovers of killed builds are removed first. On an error the sibling is removed and the
+    target is untouched. An existing target is exchanged in one system call where the kernel can (renameat2), else by two
+    renames.
+
+    Raises:
+        BundleError: the target exists and is not a directory that jetvla wrote.
+        StorageError: the disk is full.
+    """
+    _refuse_foreign(target)
+    prefix = f".{target.name}.building-"
+    for leftover in target.parent.glob(f"{prefix}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    staging = target.parent / f"{prefix}{os.getpid()}"
+    with disk_errors(target):
+        staging.mkdir()
+        try:
+            yield staging
+            _sync_tree(staging)
+            _publish(staging, target)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _refuse_foreign(target: Path) -> None:
+    if not target.exists():
+        return
+    ours = target.is_dir() and ((target / "manifest.json").exists() or not any(target.iterdir()))
+    if not ours:
+        raise BundleError(
+            f"{target} exists and is not a bundle",
+            expected="a new path, an empty directory, or a bundle to replace",
+            hint="choose another --out; jetvla does not overwrite what it did not write.",
+        )
+
+
+def _publish(staging: Path, target: Path) -> None:
+    if not target.exists():
+        os.rename(staging, target)
+    elif not _exchange(staging, target):
+        aside = staging.with_name(f"{staging.name}-old")
+        os.rename(target, aside)
+        os.rename(staging, target)
+        shutil.rmtree(aside, ignore_errors=True)
+    _sync_folder(target.parent)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two directories atomically; False where the kernel or file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    return bool(renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        else:
+            _sync_folder(path)
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,86 @@
+"""The one exception tree of jetvla, and the shape of every message.
+
+Every error a user can cause says what happened, what was got and expected, and - after a blank line - how to mend it.
+Programmers' errors (wrong types, broken invariants) stay plain Python exceptions: nobody should catch those.
+"""
+
+from __future__ import annotations
+
+
+class JetvlaError(Exception):
+    """Base of all errors that a user can mend.
+
+    Args:
+        what: one sentence, what happened and where.
+        got: what was found.
+        expected: what should have been there.
+        hint: how to mend it; always present.
+    """
+
+    def __init__(self, what: str, *, got: object = None, expected: object = None, hint: str) -> None:
+        self.what = what
+        self.got = got
+        self.expected = expected
+        self.hint = hint
+        lines = [what]
+        if got is not None:
+            lines.append(f"  got:      {got}")
+        if expected is not None:
+            lines.append(f"  expected: {expected}")
+        super().__init__("\n".join(lines) + f"\n\nhint: {hint}")
+
+
+class ConfigError(JetvlaError):
+    """A training config, robot file or command line that contradicts itself or the checkpoint."""
+
+
+class CheckpointError(JetvlaError):
+    """A checkpoint that cannot be read safely and completely."""
+
+
+class BaseWeightsError(CheckpointError):
+    """Base weights that are missing, or are not those the checkpoint was trained on."""
+
+
+class UnsupportedPolicyError(CheckpointError):
+    """A policy variant that is known by name but that jetvla does not build."""
+
+
+class ExportError(JetvlaError):
+    """A stage that could not be turned into a valid graph."""
+
+
+class ParityError(JetvlaError):
+    """An engine that does not do what the checkpoint does."""
+
+
+class BundleError(JetvlaError):
+    """A bundle that is incomplete, corrupt, or not a bundle."""
+
+
+class BundleVersionError(BundleError):
+    """A bundle written by another schema version."""
+
+
+class BundleLockedError(BundleError):
+    """Another process is building this bundle."""
+
+
+class StorageError(JetvlaError):
+    """The disk is full or refuses to write."""
+
+
+class EpisodeError(JetvlaError):
+    """An episode file that cannot be read, or does not have a known schema."""
+
+
+class FrameError(JetvlaError):
+    """An image that is not uint8 [H, W, 3], or cannot be decoded."""
+
+
+class PromptError(JetvlaError):
+    """An instruction that is empty, too long for the bundle, or cannot be tokenised."""
+
+
+class BackendError(JetvlaError):
+    """An execution backend that is not there, refused a graph, or gave wrong numbers."""

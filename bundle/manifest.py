@@ -1,0 +1,306 @@
+"""The manifest: everything that export promises and the runtime relies on, in one strict JSON file.
+
+Nothing here is optional in spirit: the facts that no checkpoint records (packing, cross-attention masking, resize filter,
+action scaling) stand beside the facts that it does, because a robot that assumes one of them wrongly still drives - badly.
+Strict means: an unknown, missing or mistyped field is an error that names its path; a newer schema is refused; every file is
+hashed, the manifest itself included. Knows nothing about torch, ONNX or engines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from bundle.atomic import write_bytes
+from bundle.errors import BundleError, BundleVersionError
+from bundle.hashing import sha256_file
+
+SCHEMA = 1
+MANIFEST_NAME = "manifest.json"
+
+Packing = Literal["upstream", "fork_overwrite"]
+Precision = Literal["fp32", "fp16"]
+HeadKind = Literal["actions_gripper", "velocities", "classes"]
+Verdict = Literal["PASS", "WARN", "FAIL"]
+
+
+class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of all manifest parts: immutable, keyword-only, no unknown fields."""
+
+
+class Source(_Strict, frozen=True):
+    """Where the weights came from. Hashes are sha256 hex digests; `base_sha256` is over tensors, not files."""
+
+    checkpoint: str
+    checkpoint_format: str
+    checkpoint_sha256: str
+    checkpoint_bytes: int
+    weights_sha256: str
+    base_sha256: str | None
+    lora_modules: int
+    ignored_keys: tuple[str, ...]
+
+
+class Dimensions(_Strict, frozen=True):
+    """Sizes of the policy. `image_tokens` is per camera; `feature` is latent * embed_dim."""
+
+    image_size: int
+    vision_width: int
+    vision_layers: int
+    vision_heads: int
+    embed_dim: int
+    text_layers: int
+    text_heads: int
+    vocab_size: int
+    image_tokens: int
+    latent: int
+    window: int
+    chunk: int
+    lstm_layers: int
+    lstm_hidden: int
+
+    @property
+    def feature(self) -> int:
+        return self.latent * self.embed_dim
+
+
+class Instruction(_Strict, frozen=True):
+    """An instruction tokenised at build time, with the tokenizer's special tokens; works without a tokenizer."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+class Prompt(_Strict, frozen=True):
+    """How an instruction becomes decoder input.
+
+    `embed_scale` multiplies rows of token_embedding.npy, whose last row is the action token. `buckets` are the sequence lengths
+    for which a language graph exists, ascending. `pad_to` reproduces deployments that pad the prompt (it moves the action
+    token's position); null means natural length, as in training.
+    """
+
+    packing: Packing
+    packing_source: str
+    template: str
+    pad_id: int
+    eos_id: int
+    pad_to: int | None
+    embed_scale: float
+    buckets: tuple[int, ...]
+    instructions: tuple[Instruction, ...]
+
+
+class Preprocessing(_Strict, frozen=True):
+    """From a camera frame to the vision stage's uint8 input; mean and std are folded into the stage's weights."""
+
+    color: Literal["RGB"]
+    resize: Literal["bicubic", "bilinear"]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    cameras: tuple[str, ...]
+
+
+class Action(_Strict, frozen=True):
+    """What the head's numbers mean.
+
+    `names` and `units` describe `ActionChunk.values`. Values are 0.5 (x + 1) (maximum - minimum) + minimum when `normalized`,
+    after undoing mu-law companding where `mu` is set. For `classes` heads, `class_values` maps a class to its command.
+    """
+
+    head: HeadKind
+    names: tuple[str, ...]
+    units: tuple[str, ...]
+    normalized: bool
+    minimum: float
+    maximum: float
+    mu: float | None
+    class_names: tuple[str, ...]
+    class_values: tuple[tuple[float, ...], ...]
+
+
+class Tensor(_Strict, frozen=True):
+    """One input or output of a graph; `shape` is static."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Graph(_Strict, frozen=True):
+    """One ONNX file of a stage. `sequence` is the bucket it was built for (language stage only)."""
+
+    file: str
+    sequence: int | None
+    nodes: int
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+
+class Stage(_Strict, frozen=True):
+    """A separately cached part of the policy; its graphs share one external weight file.
+
+    `key` names its content. `precision` may be finer than the bundle's: the action head stays fp32, and so does a stage for
+    which fp32 costs nothing and fp16 showed in the actions.
+    """
+
+    key: str
+    precision: Precision
+    weights: str
+    weight_bytes: int
+    graphs: tuple[Graph, ...]
+
+
+class File(_Strict, frozen=True):
+    """Integrity record of one file of the bundle."""
+
+    sha256: str
+    bytes: int
+
+
+class Parity(_Strict, frozen=True):
+    """Summary of reports/parity.json: the engine against the reference policy (torch, adapter form, fp32)."""
+
+    verdict: Verdict
+    backend: str
+    frames: int
+    feature_cosine: float
+    feature_max_error: float
+    action_max_error: float
+
+
+class Manifest(_Strict, frozen=True):
+    """The contract of one bundle. Read with `Manifest.load`, check the files with `verify`."""
+
+    schema: int
+    jetvla: str
+    precision: Precision
+    source: Source
+    dimensions: Dimensions
+    x_attn_causal: bool
+    x_attn_causal_source: str
+    prompt: Prompt
+    preprocessing: Preprocessing
+    action: Action
+    stages: dict[str, Stage]
+    files: dict[str, File]
+    parity: Parity
+    manifest_sha256: str = ""
+
+    @classmethod
+    def load(cls, bundle: str | Path) -> Manifest:
+        """Read and validate BUNDLE/manifest.json (not the other files: see `verify`).
+
+        Raises:
+            BundleError: no manifest, not JSON, a field unknown, missing or mistyped, or altered after the build.
+            BundleVersionError: written by another schema.
+        """
+        path = _manifest_path(bundle)
+        try:
+            raw = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise BundleError(
+                f"{path.parent} is not a bundle",
+                got=f"no {MANIFEST_NAME}",
+                expected="a directory made by export/build_engines.py",
+                hint="python export/build_engines.py CKPT --out BUNDLE makes one; an interrupted build leaves none.",
+            ) from None
+        return cls.decode(raw, origin=str(path))
+
+    @classmethod
+    def decode(cls, raw: bytes, *, origin: str = MANIFEST_NAME) -> Manifest:
+        """Validate the bytes of a manifest; `origin` stands in error messages."""
+        rebuild = "rebuild the bundle with export/build_engines.py, or copy it again."
+        try:
+            head: Any = msgspec.json.decode(raw)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise BundleError(f"{origin} is not JSON", got=error, hint=rebuild) from None
+        found = head.get("schema") if isinstance(head, dict) else None
+        if not isinstance(found, int) or found != SCHEMA:
+            newer = isinstance(found, int) and found > SCHEMA
+            raise BundleVersionError(
+                f"{origin} has another schema version",
+                got=found,
+                expected=SCHEMA,
+                hint="update jetvla on this machine to the version that built the bundle." if newer else rebuild,
+            )
+        try:
+            manifest = msgspec.json.decode(raw, type=cls)
+        except (msgspec.ValidationError, UnicodeDecodeError) as error:
+            raise BundleError(f"{origin} does not fit schema {SCHEMA}", got=error, hint=rebuild) from None
+        digest = manifest.digest()
+        if digest != manifest.manifest_sha256:
+            raise BundleError(
+                f"{origin} was changed after the build",
+                got=digest,
+                expected=manifest.manifest_sha256,
+                hint=f"manifests are not edited by hand; {rebuild}",
+            )
+        return manifest
+
+    def digest(self) -> str:
+        """sha256 of the canonical encoding of everything but `manifest_sha256`."""
+        bare = msgspec.structs.replace(self, manifest_sha256="")
+        return hashlib.sha256(msgspec.json.encode(bare, order="sorted")).hexdigest()
+
+    def encode(self) -> bytes:
+        """Pretty JSON with the digest filled in."""
+        signed = msgspec.structs.replace(self, manifest_sha256=self.digest())
+        return msgspec.json.format(msgspec.json.encode(signed), indent=2) + b"\n"
+
+    def save(self, bundle: str | Path) -> Path:
+        """Write BUNDLE/manifest.json atomically."""
+        path = Path(bundle) / MANIFEST_NAME
+        write_bytes(path, self.encode())
+        return path
+
+    def verify(self, bundle: str | Path) -> None:
+        """Hash every file of the bundle and compare (sha256, about 1.5 GB/s a core; files in parallel).
+
+        Raises:
+            BundleError: a file is missing, has another size, or other bytes; the message names the first.
+        """
+        root = _manifest_path(bundle).parent
+        for name, record in self.files.items():
+            _check_size(root, name, record)
+        # The largest first, so that the pool does not end with one long file on one core.
+        order = sorted(self.files, key=lambda name: -self.files[name].bytes)
+        with ThreadPoolExecutor() as pool:
+            digests = dict(zip(order, pool.map(lambda name: sha256_file(root / name), order), strict=True))
+        for name in sorted(self.files):
+            if digests[name] != self.files[name].sha256:
+                raise BundleError(
+                    f"{root / name} is corrupt",
+                    got=digests[name],
+                    expected=self.files[name].sha256,
+                    hint="copy the bundle again, or rebuild it: export/build_engines.py CKPT --out BUNDLE --force",
+                )
+
+    def graph(self, stage: str, sequence: int | None = None) -> Graph:
+        """The graph of a stage; of the language stage, the one built for bucket `sequence`."""
+        return next(graph for graph in self.stages[stage].graphs if graph.sequence == sequence)
+
+
+def _check_size(root: Path, name: str, record: File) -> None:
+    path = root / name
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise BundleError(
+            f"{path} is missing", expected=f"{record.bytes} bytes", hint="copy the whole bundle directory again."
+        ) from None
+    if size != record.bytes:
+        raise BundleError(
+            f"{path} is truncated or replaced",
+            got=f"{size} bytes",
+            expected=f"{record.bytes} bytes",
+            hint="copy the bundle again, or rebuild it: export/build_engines.py CKPT --out BUNDLE --force",
+        )
+
+
+def _manifest_path(bundle: str | Path) -> Path:
+    path = Path(bundle)
+    return path if path.name == MANIFEST_NAME else path / MANIFEST_NAME
