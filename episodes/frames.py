@@ -1,0 +1,122 @@
+"""Reads one image of an episode at a time, as uint8 [H, W, 3] RGB, from raw or JPEG storage.
+
+One frame per call, because a whole episode is 50-300 MB decoded. Everything downstream of here is RGB: V6 stores BGR
+and this is the only place that knows it. JPEG bytes go through Pillow, in whose decoder the training pipeline saw
+them.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from bundle.errors import EpisodeError
+from episodes.container import missing_chunks, reading, require_dataset
+from episodes.layout import IMAGES, Schema
+
+Encoding = Literal["raw rgb", "raw bgr", "jpeg"]
+
+
+@dataclass(frozen=True)
+class FrameSource:
+    """The images dataset of an open file; frames are fetched when asked for."""
+
+    path: Path
+    dataset: h5py.Dataset
+    encoding: Encoding
+
+    def __len__(self) -> int:
+        return int(self.dataset.shape[0])
+
+    def read(self, index: int) -> npt.NDArray[np.uint8]:
+        """Frame `index` (0 <= index < len) as a new uint8 [H, W, 3] RGB array.
+
+        Raises:
+            EpisodeError: the stored frame is damaged; names the file and the index.
+        """
+        try:
+            never_written = missing_chunks(self.dataset, index)
+            stored: npt.NDArray[np.uint8] = np.asarray(self.dataset[index])
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+            MemoryError,
+        ) as error:  # a flipped bit in gzip data fails its checksum
+            raise self._corrupt(index, str(error)) from error
+        if never_written:
+            raise self._corrupt(index, "its storage was never written")
+        if self.encoding == "jpeg":
+            return self._decode_jpeg(index, stored)
+        return stored if self.encoding == "raw rgb" else np.ascontiguousarray(stored[..., ::-1])
+
+    def _decode_jpeg(self, index: int, stored: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        if stored.size == 0:
+            raise self._corrupt(index, "0 bytes of JPEG")
+        try:
+            with Image.open(io.BytesIO(stored.tobytes()), formats=("JPEG",)) as image:
+                return np.array(image.convert("RGB"))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise self._corrupt(index, f"{stored.size} bytes that are no JPEG image ({error})") from error
+
+    def _corrupt(self, index: int, got: str) -> EpisodeError:
+        return EpisodeError(
+            f"{self.path}: frame {index} of {len(self)} is corrupt",
+            got=got,
+            expected="a complete JPEG image" if self.encoding == "jpeg" else "intact image data",
+            hint="copy the file again from the robot; if it is like this there too, leave the episode out.",
+        )
+
+
+def open_frames(file: h5py.File, schema: Schema, path: Path) -> FrameSource:
+    """Find the images and check their type and shape; reads no image.
+
+    Raises:
+        EpisodeError: no images dataset, wrong dtype or rank, unknown encoding, or no frames.
+    """
+    name = IMAGES[schema]
+    dataset = require_dataset(file, name, path)
+    shape: tuple[int, ...] = dataset.shape or ()
+    encoding: Encoding
+    if schema == "v5" and h5py.check_vlen_dtype(dataset.dtype) == np.uint8:
+        _require_jpeg(dataset, path)
+        encoding, rank_ok, expected = "jpeg", len(shape) == 1, "variable-length uint8 (N,) of JPEG bytes"
+    else:
+        encoding = "raw bgr" if schema == "v6" else "raw rgb"
+        rank_ok = dataset.dtype == np.uint8 and len(shape) == 4 and shape[3] == 3 and 0 not in shape[1:]
+        expected = "uint8 (T, H, W, 3)" + (" or variable-length uint8 (N,) of JPEG bytes" if schema == "v5" else "")
+    if not rank_ok:
+        raise EpisodeError(
+            f"{path}: {name} does not hold images of schema {schema}",
+            got=f"{dataset.dtype} {shape}",
+            expected=expected,
+            hint="convert the episode with episodes.writer.write_episode, or leave it out.",
+        )
+    if shape[0] == 0:
+        raise EpisodeError(
+            f"{path} is empty: it holds no frames",
+            got=f"{name} {shape}",
+            expected="at least one frame",
+            hint="the recording was stopped before the first image; delete the file.",
+        )
+    return FrameSource(path, dataset, encoding)
+
+
+def _require_jpeg(dataset: h5py.Dataset, path: Path) -> None:
+    with reading(path, f"attribute 'format' of {dataset.name}"):
+        stored = dataset.attrs.get("format", "jpeg")
+    encoding = stored.decode("utf-8", "replace") if isinstance(stored, bytes) else str(stored)
+    if encoding.lower() not in ("jpeg", "jpg"):
+        raise EpisodeError(
+            f"{path}: {dataset.name} is encoded in a format that is not known",
+            got=f"format={encoding!r}",
+            expected="format='jpeg'",
+            hint="re-encode the frames as JPEG or store them raw.",
+        )

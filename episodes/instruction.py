@@ -1,0 +1,84 @@
+"""Finds out what the robot had been told in an episode: stored text, else the side in the file name.
+
+Most V1 and all V6 recordings have no text; the lab keeps "left" or "right" in the file name instead. Assuming an
+instruction changes what a policy learns, so it is always said with an EpisodeWarning, and a name with both sides (a
+target on one side, a path over the other) is not guessed at.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+from typing import Literal
+
+import h5py
+
+from bundle.errors import EpisodeError
+from episodes.container import read_texts, require_dataset
+from episodes.layout import INSTRUCTION, Schema
+
+Side = Literal["left", "right"]
+InstructionSource = Literal["stored", "file name", "none"]
+
+# The recordings of 2025 (V1) drive to a bottle behind obstacles, those of 2026 (V5, V6) to a basket.
+_BOTTLE = "Navigate around obstacles and reach the front of the beverage bottle on the {side}"
+_BASKET = "Navigate to the gray basket on the {side}"
+SENTENCES: dict[Schema, str] = {"v1": _BOTTLE, "v5": _BASKET, "v6": _BASKET}
+
+
+class EpisodeWarning(UserWarning):
+    """Something about an episode had to be assumed."""
+
+
+def sentence(schema: Schema, side: Side) -> str:
+    """The instruction that the lab gave in recordings of `schema` with the target on `side`."""
+    return SENTENCES[schema].format(side=side)
+
+
+def sides_in_name(path: Path) -> frozenset[Side]:
+    """The sides that are words of the file name: `episode_20260715_173157_weak_left_left_curve.h5` -> {"left"}."""
+    words = re.split(r"[^a-z0-9]+", path.stem.lower())
+    sides: tuple[Side, Side] = ("left", "right")
+    return frozenset(side for side in sides if side in words)
+
+
+def read_stored_instruction(file: h5py.File, path: Path) -> str | None:
+    """The stored text, or None where there is none or it is blank.
+
+    Raises:
+        EpisodeError: the dataset does not hold text, or holds several different texts.
+    """
+    if INSTRUCTION not in file:
+        return None
+    texts = {text for text in read_texts(require_dataset(file, INSTRUCTION, path), path) if text.strip()}
+    if len(texts) > 1:
+        raise EpisodeError(
+            f"{path} holds {len(texts)} different instructions",
+            got="; ".join(repr(text) for text in sorted(texts)[:3]),
+            expected="one instruction for the whole episode",
+            hint="split the episode where the instruction changes.",
+        )
+    return texts.pop() if texts else None
+
+
+def resolve_instruction(
+    stored: str | None, path: Path, schema: Schema, *, stacklevel: int
+) -> tuple[str | None, InstructionSource]:
+    """The instruction and where it comes from; warns with EpisodeWarning unless it is stored.
+
+    Args:
+        stacklevel: as for `warnings.warn`, counted from the caller of this function.
+    """
+    if stored is not None:
+        return stored, "stored"
+    sides = sides_in_name(path)
+    if len(sides) == 1:
+        text = sentence(schema, next(iter(sides)))
+        message = f"{path}: no instruction is stored; assuming {text!r} from the file name"
+        warnings.warn(message, EpisodeWarning, stacklevel=stacklevel + 1)
+        return text, "file name"
+    why = "names both left and right" if sides else "names no side"
+    message = f"{path}: no instruction is stored and the file name {why}; the episode has no instruction"
+    warnings.warn(message, EpisodeWarning, stacklevel=stacklevel + 1)
+    return None, "none"
