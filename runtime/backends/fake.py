@@ -1,0 +1,64 @@
+"""A backend without weights, for tests of everything above it and for trying a robot program on a laptop.
+
+Deterministic: outputs depend on nothing but the inputs' bytes and the output's name, stay in [-1, 1], and change when the inputs do.
+"""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from bundle.errors import BackendError
+from bundle.manifest import Graph
+from runtime.backends.base import Feeds, Outputs
+
+
+class FakeBackend:
+    """Answers every graph with hashed noise of the right shape; `fail_at` makes the n-th run of a stage raise.
+
+    `runs` counts executed runs per graph file.
+    """
+
+    def __init__(self, *, fail_at: int | None = None) -> None:
+        self.name = "fake"
+        self.runs: dict[str, int] = {}
+        self._fail_at = fail_at
+
+    def load(self, folder: Path, graph: Graph) -> FakeStage:
+        self.runs[graph.file] = 0
+        return FakeStage(self, graph)
+
+    def count(self, file: str) -> None:
+        self.runs[file] += 1
+        if self.runs[file] == self._fail_at:
+            raise BackendError(f"{file} failed while running", got="planned failure", hint="this is the fake backend.")
+
+
+class FakeStage:
+    """See FakeBackend."""
+
+    def __init__(self, backend: FakeBackend, graph: Graph) -> None:
+        self._backend = backend
+        self._graph = graph
+
+    def run(self, feeds: Feeds) -> Outputs:
+        self._backend.count(self._graph.file)
+        seed = 0
+        for tensor in self._graph.inputs:
+            array = feeds[tensor.name]
+            if array.shape != tensor.shape or array.dtype != tensor.dtype:
+                raise BackendError(
+                    f"{self._graph.file} got a wrong input {tensor.name}",
+                    got=f"{array.dtype}{list(array.shape)}",
+                    expected=f"{tensor.dtype}{list(tensor.shape)}",
+                    hint="feed what the manifest says.",
+                )
+            seed = zlib.crc32(np.ascontiguousarray(array).tobytes(), seed)
+        return {
+            tensor.name: np.random.default_rng([seed, zlib.crc32(tensor.name.encode())])
+            .uniform(-1, 1, tensor.shape)
+            .astype(tensor.dtype)
+            for tensor in self._graph.outputs
+        }

@@ -1,0 +1,84 @@
+"""The golden step: one recorded input with the reference policy's own outputs, replayed at every start.
+
+It catches what hashes cannot: a provider that computes wrongly on this machine. One step from a zero state is cheap enough to run always
+and touches every weight of all three stages. The expected numbers are the reference's, not an engine's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bundle.errors import BackendError
+
+if TYPE_CHECKING:
+    from runtime.policy import Policy
+
+GOLDEN_NAME = "golden.npz"
+
+# Largest |action| difference (normalised, tanh or logits relative to their scale) and smallest feature cosine, by precision.
+ACTION_TOLERANCE = {"fp32": 1e-3, "fp16": 1e-2}
+FEATURE_COSINE = {"fp32": 0.99999, "fp16": 0.999}
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One step's inputs and the reference's outputs.
+
+    Attributes:
+        frames: uint8 [cameras, image_size, image_size, 3].
+        token_ids: int64 [L].
+        feature: float32 [latent * D].
+        action: float32 [n, A], as the head gives it.
+    """
+
+    frames: NDArray[np.uint8]
+    token_ids: NDArray[np.int64]
+    feature: NDArray[np.float32]
+    action: NDArray[np.float32]
+
+    def save(self, folder: Path) -> None:
+        """Write folder/golden.npz."""
+        with (folder / GOLDEN_NAME).open("wb") as file:
+            np.savez(file, frames=self.frames, token_ids=self.token_ids, feature=self.feature, action=self.action)
+
+    @classmethod
+    def load(cls, folder: Path) -> Golden:
+        """Read folder/golden.npz (arrays only; pickled objects are refused)."""
+        with np.load(folder / GOLDEN_NAME, allow_pickle=False) as arrays:
+            return cls(arrays["frames"], arrays["token_ids"], arrays["feature"], arrays["action"])
+
+
+def cosine(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:
+    """Cosine of the angle between two arrays, taken as vectors, in float64; 0 for a zero or non-finite vector."""
+    x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
+    norm = float(np.linalg.norm(x) * np.linalg.norm(y))
+    value = float(x @ y) / norm if norm else 0.0
+    return value if np.isfinite(value) else 0.0
+
+
+def check(policy: Policy, folder: Path) -> None:
+    """Replay the golden step; leaves the policy without an instruction, as after loading.
+
+    Raises:
+        BackendError: the numbers differ by more than the precision explains.
+    """
+    expected = Golden.load(folder)
+    policy.reset(token_ids=[int(token) for token in expected.token_ids])
+    chunk = policy.step_resized(expected.frames)
+    policy.clear()
+    precision = policy.manifest.precision
+    similarity = cosine(chunk.feature, expected.feature)
+    scale = max(1.0, float(np.abs(expected.action).max()))
+    error = float(np.abs(chunk.normalized - expected.action).max()) / scale
+    if similarity < FEATURE_COSINE[precision] or not error <= ACTION_TOLERANCE[precision]:
+        raise BackendError(
+            f"{policy.backend} computes wrong numbers on this machine",
+            got=f"feature cosine {similarity:.6f}, action error {error:.2e}",
+            expected=f"at least {FEATURE_COSINE[precision]}, at most {ACTION_TOLERANCE[precision]:.0e}",
+            hint="try --backend ort:cpu; if that fails too, rebuild the bundle.",
+        )

@@ -1,0 +1,243 @@
+"""The policy: a camera frame in, a chunk of velocity commands out.
+
+One tick encodes one new frame and advances the action head's staggered recurrent states by one step; nothing of the window is computed
+twice. State lives here and in nothing else: `reset` starts an episode, `step` is the only thing that changes it. Knows nothing about
+cameras, clocks or robots.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bundle.errors import BackendError, FrameError, PromptError
+from bundle.manifest import Manifest
+from runtime import golden
+from runtime.actions import denormalize
+from runtime.backends.base import Backend, Stage
+from runtime.backends.select import candidates, open_backend
+from runtime.preprocess import resize
+from runtime.prompt import PromptTensors, assemble, choose_bucket, layout, pad_tokens
+from runtime.tokenizer import TOKENIZER_NAME, token_ids_of
+
+EMBEDDING_NAME = "token_embedding.npy"
+log = logging.getLogger("jetvla")
+
+
+@dataclass(frozen=True)
+class ActionChunk:
+    """What one step gives.
+
+    Attributes:
+        values: float32 [n, A], commands in the manifest's units; row 0 is for now.
+        normalized: float32 [n, A] as the head gives it (tanh; gripper and classes: raw logits).
+        feature: float32 [latent * D], the frame's action feature.
+        timing: milliseconds per section: preprocess, vision, language, action_head, total.
+    """
+
+    values: NDArray[np.float32]
+    normalized: NDArray[np.float32]
+    feature: NDArray[np.float32]
+    timing: dict[str, float]
+
+
+class Policy:
+    """A loaded bundle with the state of one episode. Make one with `Policy.load`; not thread-safe."""
+
+    def __init__(self, folder: Path, manifest: Manifest, backend: Backend) -> None:
+        self.manifest = manifest
+        self.backend = backend.name
+        self._folder = folder
+        self._backend = backend
+        self._embedding: NDArray[np.floating] = np.load(folder / EMBEDDING_NAME, mmap_mode="r")
+        self._vision = backend.load(folder, manifest.graph("vision"))
+        self._action_head = backend.load(folder, manifest.graph("action_head"))
+        self._language: Stage | None = None
+        self._bucket = 0
+        self._prompt: PromptTensors | None = None
+        dims = manifest.dimensions
+        self._frames = np.zeros((len(manifest.preprocessing.cameras), dims.image_size, dims.image_size, 3), np.uint8)
+        self._states = {
+            name: np.zeros((dims.window, dims.lstm_layers, dims.latent * dims.lstm_hidden), np.float32)
+            for name in ("h", "c")
+        }
+
+    @classmethod
+    def load(cls, bundle: str | Path, backend: str = "auto", *, verify: bool = True, threads: int = 0) -> Policy:
+        """Load a bundle, check its files, and replay its golden step on the backend.
+
+        Args:
+            bundle: directory made by export/build_engines.py.
+            backend: `auto`, `ort`, `ort:cpu`, `ort:cuda`, `ort:openvino`, `ort:tensorrt` or `fake`.
+            verify: hash every file first (seconds for a full-size bundle). Sizes and the manifest are always checked.
+            threads: CPU threads; 0 takes all that this process may use.
+
+        Raises:
+            BundleError: the bundle is missing, corrupt or of another schema version.
+            BackendError: no backend gave the golden numbers; the message lists why each failed.
+        """
+        folder = Path(bundle)
+        manifest = Manifest.load(folder)
+        if verify:
+            manifest.verify(folder)
+        reasons = []
+        names = candidates(backend)
+        for name in names:
+            try:
+                policy = cls(folder, manifest, open_backend(name, threads=threads))
+                if name != "fake":
+                    golden.check(policy, folder)
+            except BackendError as error:
+                if len(names) == 1:
+                    raise
+                reasons.append(f"{name}: {error.what} ({error.got})")
+                log.info("backend %s skipped: %s", name, error.what)
+            else:
+                return policy
+        raise BackendError(
+            f"no backend can run {folder}",
+            got="; ".join(reasons),
+            hint="pip install 'jetvla[ort]' brings the CPU backend, which runs everywhere.",
+        )
+
+    @property
+    def window(self) -> int:
+        """Frames of history that an action depends on."""
+        return self.manifest.dimensions.window
+
+    def reset(
+        self,
+        instruction: str | None = None,
+        *,
+        token_ids: Sequence[int] | None = None,
+        attention_mask: Sequence[int] | None = None,
+    ) -> None:
+        """Start an episode: set the instruction and forget all history.
+
+        Args:
+            instruction: text; tokenised as the manifest says.
+            token_ids: [L] instead of text, with special tokens, as the tokenizer gives them.
+            attention_mask: [L] for `token_ids`; by default everything but the pad token is visible.
+
+        Raises:
+            PromptError: neither or both given, cannot be tokenised, or longer than the bundle's buckets.
+            BackendError: the language graph of another bucket cannot be loaded.
+        """
+        spec = self.manifest.prompt
+        if (instruction is None) == (token_ids is None):
+            raise PromptError("reset needs an instruction or token_ids", hint="pass exactly one of them.")
+        if instruction is not None:
+            ids = token_ids_of(instruction, spec, self._folder / TOKENIZER_NAME)
+            token_ids = pad_tokens(ids, spec.pad_to, spec.pad_id)
+        assert token_ids is not None
+        slots = layout(
+            token_ids,
+            packing=spec.packing,
+            image_tokens=self.image_tokens,
+            latent=self.manifest.dimensions.latent,
+            mask=attention_mask,
+            pad_id=spec.pad_id,
+        )
+        bucket = choose_bucket(slots.length, spec.buckets)
+        prompt = assemble(
+            slots,
+            self._embedding,
+            bucket=bucket,
+            embed_scale=spec.embed_scale,
+            image_tokens=self.image_tokens,
+        )
+        if bucket != self._bucket:
+            # Two buckets' engines would hold the decoder's weights twice.
+            self._language = None
+            self._language = self._backend.load(self._folder, self.manifest.graph("language", bucket))
+            self._bucket = bucket
+        self._prompt = prompt
+        for state in self._states.values():
+            state.fill(0)
+
+    def clear(self) -> None:
+        """Forget instruction and history; the next `step` needs a `reset`."""
+        self._prompt = None
+        for state in self._states.values():
+            state.fill(0)
+
+    @property
+    def image_tokens(self) -> int:
+        """Image tokens of all cameras together."""
+        return self.manifest.dimensions.image_tokens * len(self.manifest.preprocessing.cameras)
+
+    def step(self, frame: NDArray[np.uint8], *, hand: NDArray[np.uint8] | None = None) -> ActionChunk:
+        """Decide on one new observation.
+
+        Args:
+            frame: uint8 [H, W, 3] RGB of the static camera, any size.
+            hand: the same of the hand camera, for policies that have one.
+
+        Raises:
+            PromptError: no `reset` yet.
+            FrameError: wrong dtype or shape, or a camera too many or too few.
+            BackendError: execution failed; the state is unchanged and the step may be tried again.
+        """
+        start = time.perf_counter()
+        preprocessing = self.manifest.preprocessing
+        expects_hand = "hand" in preprocessing.cameras
+        if (hand is not None) != expects_hand:
+            raise FrameError(
+                "the policy has a hand camera" if expects_hand else "the policy has no hand camera",
+                got="no hand frame" if expects_hand else "a hand frame",
+                hint="pass step(frame, hand=...) exactly for policies trained with use_hand_rgb.",
+            )
+        views = {"static": frame, "hand": hand}
+        for row, camera in zip(self._frames, preprocessing.cameras, strict=True):
+            view = views[camera]
+            assert view is not None
+            row[:] = resize(view, preprocessing, self.manifest.dimensions.image_size)
+        return self.step_resized(self._frames, start=start)
+
+    def step_resized(self, frames: NDArray[np.uint8], *, start: float | None = None) -> ActionChunk:
+        """As `step`, for frames already resized: uint8 [cameras, image_size, image_size, 3], in the manifest's camera order."""
+        clock = [time.perf_counter()]
+        image_tokens = self.run_vision(frames)
+        clock.append(time.perf_counter())
+        feature = self.run_language(image_tokens)
+        clock.append(time.perf_counter())
+        normalized = self.run_action_head(feature)[0].astype(np.float32)
+        clock.append(time.perf_counter())
+        values = denormalize(normalized, self.manifest.action)
+        start = clock[0] if start is None else start
+        marks = dict(zip(("vision", "language", "action_head"), np.diff(clock) * 1e3, strict=True))
+        timing = {
+            "preprocess": (clock[0] - start) * 1e3,
+            **{name: float(value) for name, value in marks.items()},
+            "total": (time.perf_counter() - start) * 1e3,
+        }
+        return ActionChunk(values, normalized, feature[0].astype(np.float32), timing)
+
+    def run_vision(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Image tokens [1, N, D] of resized frames; a buffer, valid until the next run."""
+        return self._vision.run({"frames": frames})["image_tokens"].astype(np.float32, copy=False)
+
+    def run_language(self, image_tokens: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Action feature [1, latent * D] of one frame; a buffer, valid until the next run."""
+        if self._language is None or self._prompt is None:
+            raise PromptError("step before reset", hint="call policy.reset('...') once per episode.")
+        feeds: dict[str, NDArray[np.generic]] = {
+            "image_tokens": image_tokens,
+            "prompt": self._prompt.prompt,
+            "image_index": self._prompt.image_index,
+            "action_index": self._prompt.action_index,
+        }
+        return self._language.run(feeds)["feature"].astype(np.float32, copy=False)
+
+    def run_action_head(self, feature: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Action chunk [1, n, A] as the head gives it; advances the recurrent states."""
+        outputs = self._action_head.run({"feature": feature, **self._states})
+        for name, state in self._states.items():
+            state[:] = outputs[f"next_{name}"]
+        return outputs["action"].astype(np.float32, copy=False)

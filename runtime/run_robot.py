@@ -1,0 +1,146 @@
+#!/usr/bin/env python3
+"""Command line: bundle in, decisions out.
+
+    python runtime/run_robot.py BUNDLE --replay EPISODE.h5
+    python runtime/run_robot.py BUNDLE --check
+
+Exit codes: 0 ok, 1 failed, 2 usage.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+# Run as a script, only this file's folder is on the path; the packages are beside it.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from bundle.errors import ConfigError, JetvlaError
+from runtime.policy import Policy
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Run a bundle.
+
+    Attributes:
+        bundle: directory made by export/build_engines.py.
+        replay: H5 episode: compare the policy's velocities with the recorded ones.
+        check: load, verify and replay the golden step, then stop.
+        instruction: what to do, if not what the episode says.
+        backend: auto, ort:cpu, ort:cuda, ort:openvino, ort:tensorrt or fake.
+        threads: CPU threads; 0 takes all.
+        schema: of the episode (v1, v5, v6), if sniffing gets it wrong.
+        skip_hashes: trust the files; saves seconds at the start of a full-size bundle.
+        json: machine-readable result on stdout.
+    """
+
+    bundle: tyro.conf.Positional[Path]
+    replay: Path | None = None
+    check: bool = False
+    instruction: str | None = None
+    backend: str = "auto"
+    threads: int = 0
+    schema: str | None = None
+    skip_hashes: bool = False
+    json: bool = False
+
+
+def main() -> int:
+    """Parse, run, print."""
+    config = tyro.cli(RunConfig, description=__doc__)
+    console = Console(stderr=True, highlight=False)
+    try:
+        result = run(config, console)
+    except JetvlaError as error:
+        console.print(f"[bold red]error:[/] {error.__class__.__name__}")
+        console.print(str(error), markup=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        console.print("interrupted.")
+        return 1
+    if config.json:
+        print(json.dumps(result))
+    return 0
+
+
+def run(config: RunConfig, console: Console) -> dict[str, object]:
+    """Do what the command line says; returns the JSON result.
+
+    Raises:
+        JetvlaError: see Policy.load and runtime.replay.replay.
+    """
+    if config.replay is None and not config.check:
+        raise ConfigError(
+            "nothing to do",
+            got="neither --replay nor --check",
+            expected="--replay EPISODE.h5, or --check",
+            hint="driving a robot (cameras, /cmd_vel, safety) is not part of this version.",
+        )
+    start = time.perf_counter()
+    with console.status(f"loading {config.bundle}"):
+        policy = Policy.load(config.bundle, config.backend, verify=not config.skip_hashes, threads=config.threads)
+    manifest = policy.manifest
+    load_s = time.perf_counter() - start
+    hashes = "hashes not checked" if config.skip_hashes else "hashes and golden step ok"
+    console.print(
+        f"{config.bundle}: {manifest.precision}, packing {manifest.prompt.packing}, backend {policy.backend}, "
+        f"parity {manifest.parity.verdict}, loaded in {load_s:.2f} s, {hashes}",
+        markup=False,
+        soft_wrap=True,
+    )
+    result: dict[str, object] = {"bundle": str(config.bundle), "backend": policy.backend, "load_s": load_s}
+    return result if config.replay is None else result | _replay(policy, config, config.replay, console)
+
+
+def _replay(policy: Policy, config: RunConfig, path: Path, console: Console) -> dict[str, object]:
+    try:
+        from episodes.reader import open_episode  # needs h5py, which a robot that only drives does not
+        from runtime.replay import replay
+    except ImportError as error:
+        raise ConfigError("reading episodes needs h5py", got=error, hint="pip install 'jetvla[data]'") from None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        episode = open_episode(path, schema=config.schema)  # type: ignore[arg-type]
+    for warning in caught:
+        console.print(f"[yellow]warning:[/] {warning.message}", soft_wrap=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with episode, Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("replay", total=len(episode))
+        outcome = replay(policy, episode, instruction=config.instruction, advance=lambda: progress.advance(task))
+    console.print(
+        f"{path.name}: {len(outcome.predicted)} frames, {episode.schema}, {outcome.instruction!r}", soft_wrap=True
+    )
+    shown = Table("axis", "recorded mean", "predicted mean", "RMSE", box=None, padding=(0, 2), header_style="dim")
+    for index, (name, unit) in enumerate(zip(outcome.axes, outcome.units, strict=True)):
+        recorded, predicted = outcome.recorded[:, index].mean(), outcome.predicted[:, index].mean()
+        shown.add_row(name, f"{recorded:+.3f}", f"{predicted:+.3f}", f"{outcome.rmse[index]:.3f} {unit}")
+    times = Table("section", "p50 ms", "p95 ms", "max ms", box=None, padding=(0, 2), header_style="dim")
+    for section, values in outcome.timing.items():
+        p50, p95, top = np.percentile(values, [50, 95, 100])
+        times.add_row(section, f"{p50:.2f}", f"{p95:.2f}", f"{top:.2f}")
+    # Tables are the result of this command; with --json the JSON is.
+    out = Console(highlight=False, quiet=config.json)
+    out.print(shown)
+    out.print(times)
+    return outcome.as_json()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
