@@ -1,0 +1,1 @@
+"""The policy as torch modules, and the checkpoints that hold it."""

@@ -1,0 +1,448 @@
+"""Reading checkpoints safely, completely, and without copying them.
+
+Every key is used or reported; a missing, unknown or misshapen one is an error that lists it, because `strict=False` is how labs have
+deployed policies on wrong weights. Pickles are read with torch's weights-only unpickler and memory-mapped: an 8 GB file costs
+address space, not memory. jetvla's own small format is safetensors: adapter, head and action token, with the hash of their base.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bundle.atomic import disk_errors
+from bundle.errors import BaseWeightsError, CheckpointError, ConfigError
+from bundle.manifest import Packing
+from train.base import Base, base_weights, find_base, tensors_sha256
+from train.config import PolicySpec, policy_spec, read_json
+from train.keys import KeyMap, lora_modules, map_keys
+from train.policy import Conventions, KosmosPolicy
+
+SMALL_FORMAT = "jetvla-policy/1"
+_LISTED = 12
+# Data that Lightning and labs put beside weights; constructing them runs no code of the file's choosing.
+_HARMLESS: list[Any] = [pathlib.PosixPath, pathlib.PurePosixPath]
+
+
+@dataclass(frozen=True)
+class RawCheckpoint:
+    """What a file holds, before names are interpreted.
+
+    Attributes:
+        path: the file.
+        kind: `lightning`, `torch` or `jetvla`.
+        state: raw key -> tensor, memory-mapped where the format allows.
+        config: the training config found inside, or None.
+        recorded: facts that only jetvla's own format records (base_sha256, packing, x_attn_causal).
+    """
+
+    path: Path
+    kind: Literal["lightning", "torch", "jetvla"]
+    state: dict[str, Tensor]
+    config: dict[str, Any] | None
+    recorded: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LoadedPolicy:
+    """A policy with the story of its weights.
+
+    Attributes:
+        policy: in eval mode, fp32, gradients off.
+        raw: the file it came from.
+        base: dimensions and tokenizer.
+        config: the training config used, `parent` chain resolved.
+        state: canonical name -> fp32 tensor of everything the policy uses.
+        ignored: raw keys that hold nothing it needs (tied heads, buffers).
+        from_base: canonical names taken from the base directory.
+        base_sha256: hash of the base directory's weights; None when nothing was taken from it.
+    """
+
+    policy: KosmosPolicy
+    raw: RawCheckpoint
+    base: Base
+    config: dict[str, Any]
+    state: dict[str, Tensor]
+    ignored: tuple[str, ...]
+    from_base: tuple[str, ...]
+    base_sha256: str | None
+
+
+def load_policy(
+    path: str | Path, *, base: str | Path | None = None, packing: Packing | Literal["auto"] = "auto"
+) -> KosmosPolicy:
+    """Read a policy in eval mode: torch, adapter form, fp32. See `load` for everything else about it."""
+    return load(Path(path), base=None if base is None else Path(base), packing=packing).policy
+
+
+def load(
+    path: Path,
+    *,
+    base: Path | None = None,
+    config: Path | None = None,
+    packing: Packing | Literal["auto"] = "auto",
+    x_attn_causal: bool | None = None,
+) -> LoadedPolicy:
+    """Read a checkpoint strictly.
+
+    Args:
+        path: Lightning `.ckpt`, `.pt` with `state_dict` or `model_state_dict`, or jetvla's `.safetensors`.
+        base: Hugging Face Kosmos-2 directory; needed when the checkpoint lacks base weights or the directory cannot be found.
+        config: RoboVLMs JSON; by default the one inside the checkpoint, else config.json beside it.
+        packing: layout of a row. `auto` is `upstream` for upstream's policies, and an error for the fork's.
+        x_attn_causal: whether the resampler was trained causal (transformers 4.52 to 5.0 with sdpa). None assumes not, and says so.
+
+    Raises:
+        CheckpointError: unreadable, unsafe, or keys missing, unknown, contradictory, misshapen or not finite.
+        BaseWeightsError: the base is missing or is another one than recorded.
+        ConfigError: no usable config, or one that contradicts the weights.
+        UnsupportedPolicyError: a variant jetvla does not build.
+    """
+    raw = read_raw(path)
+    settings = _find_config(raw, config)
+    spec = policy_spec(settings)
+    keys = map_keys(raw.state)
+    state = _unaliased(raw, keys)
+    located = find_base(path, explicit=base, written=spec.base_path, state=state)
+    adapted = _check_adapters(path, spec, keys, state)
+    conventions = decide_conventions(raw, spec, packing=packing, x_attn_causal=x_attn_causal)
+
+    with torch.device("meta"):
+        policy = KosmosPolicy(spec, located.kosmos, conventions, adapted)
+    expected = map_keys(policy.state_dict()).names
+    from_base, base_sha256 = _fill_from_base(raw, located, state, expected)
+    _check_names(path, state, policy, expected)
+    state = {name: tensor.float() for name, tensor in state.items()}
+    _check_finite(path, state)
+    assigned = {expected[name][0]: tensor for name, tensor in state.items()}
+    policy.load_state_dict(assigned, strict=True, assign=True)
+    _materialize_tables(policy)
+    policy.requires_grad_(False).eval()
+    return LoadedPolicy(policy, raw, located, settings, state, keys.ignored, from_base, base_sha256)
+
+
+def read_raw(path: Path) -> RawCheckpoint:
+    """Read a file's tensors and config without running any code in it.
+
+    Raises:
+        CheckpointError: missing, truncated, a directory, not a checkpoint, or a pickle that wants to run code.
+    """
+    if path.is_dir():
+        raise CheckpointError(
+            f"{path} is a directory",
+            expected="one file",
+            hint="a DeepSpeed checkpoint is merged by its own zero_to_fp32.py: python zero_to_fp32.py DIR policy.pt",
+        )
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist", expected="a checkpoint file", hint="correct the path.")
+    if path.suffix == ".safetensors":
+        return _read_small(path)
+    content = _unpickle(path)
+    for key in ("state_dict", "model_state_dict"):
+        state = content.get(key) if isinstance(content, dict) else None
+        if isinstance(state, dict):
+            break
+    else:
+        found = sorted(map(str, content))[:_LISTED] if isinstance(content, dict) else type(content).__name__
+        raise CheckpointError(
+            f"{path} holds no policy",
+            got=found,
+            expected="`state_dict` or `model_state_dict`",
+            hint="pass the training checkpoint.",
+        )
+    tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise CheckpointError(
+            f"{path} holds an empty state_dict", got=0, expected="weights", hint="the run saved nothing."
+        )
+    hyper = content.get("hyper_parameters")
+    config = hyper.get("configs") if isinstance(hyper, dict) else None
+    lightning = "pytorch-lightning_version" in content
+    return RawCheckpoint(
+        path, "lightning" if lightning else "torch", tensors, config if isinstance(config, dict) else None
+    )
+
+
+def decide_conventions(
+    raw: RawCheckpoint, spec: PolicySpec, *, packing: Packing | Literal["auto"], x_attn_causal: bool | None
+) -> Conventions:
+    """Packing and resampler masking: stated by the user, recorded in the file, or inferred - in this order.
+
+    Raises:
+        ConfigError: the fork's policy without a stated packing, or a layout that the packing does not define.
+    """
+    chosen: Packing
+    if packing != "auto":
+        chosen, source = packing, "stated by the user"
+    elif "packing" in raw.recorded:
+        chosen, source = ("fork_overwrite" if raw.recorded["packing"] == "fork_overwrite" else "upstream"), "recorded"
+    elif spec.fork:
+        raise ConfigError(
+            f"{raw.path.name} comes from the 2-DoF fork, and nothing in it tells how its rows were packed",
+            got="packing auto",
+            expected="--packing upstream, or --packing fork_overwrite",
+            hint="fork_overwrite if training ran on an unpatched transformers (the log says `pixel_values` ValueError; the words of "
+            "the instruction then had no effect); upstream if RoboVLMs' modeling_kosmos2.py was installed.",
+        )
+    else:
+        chosen, source = "upstream", "inferred: upstream's trainer has no other layout"
+    if chosen == "fork_overwrite" and (spec.hand_camera or spec.head.latent > 1):
+        raise ConfigError(
+            "packing fork_overwrite is not defined for a hand camera or latent > 1",
+            got=f"use_hand_rgb {spec.hand_camera}, latent {spec.head.latent}",
+            hint="the fork has neither; use --packing upstream.",
+        )
+    if x_attn_causal is not None:
+        return Conventions(chosen, source, x_attn_causal, "stated by the user")
+    if "x_attn_causal" in raw.recorded:
+        return Conventions(chosen, source, raw.recorded["x_attn_causal"] == "true", "recorded")
+    return Conventions(
+        chosen, source, False, "assumed: the pinned transformers 4.41 of both codes has no causal resampler"
+    )
+
+
+def save_small(loaded: LoadedPolicy, path: Path) -> None:
+    """Write jetvla's small format: what the base lacks, plus the base's hash, config and conventions.
+
+    Raises:
+        CheckpointError: the policy has no base directory with weights to refer to.
+        StorageError: the disk is full.
+    """
+    if loaded.base.folder is None:
+        raise BaseWeightsError(
+            "a small checkpoint needs a base directory",
+            got="none",
+            hint="load with base=DIR that holds model.safetensors.",
+        )
+    origin = base_weights(loaded.base.folder)
+    own = {
+        name: tensor.contiguous()
+        for name, tensor in loaded.state.items()
+        if name not in origin or not torch.equal(origin[name].float(), tensor)
+    }
+    conventions = loaded.policy.conventions
+    metadata = {
+        "format": SMALL_FORMAT,
+        "config": json.dumps(loaded.config),
+        "base_sha256": tensors_sha256(origin),
+        "packing": conventions.packing,
+        "x_attn_causal": "true" if conventions.x_attn_causal else "false",
+    }
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with disk_errors(path):
+            save_file(own, temporary, metadata)
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_small(path: Path) -> RawCheckpoint:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged", got=error, hint="copy the file again.") from None
+    if metadata.get("format") != SMALL_FORMAT:
+        raise CheckpointError(
+            f"{path} is not a jetvla policy",
+            got=metadata.get("format", "no format"),
+            expected=SMALL_FORMAT,
+            hint="pass the training checkpoint, or a file that jetvla saved.",
+        )
+    recorded = {key: metadata[key] for key in ("base_sha256", "packing", "x_attn_causal") if key in metadata}
+    return RawCheckpoint(path, "jetvla", state, json.loads(metadata["config"]), recorded)
+
+
+def _unpickle(path: Path) -> Any:
+    zipped = zipfile.is_zipfile(path)
+    try:
+        with torch.serialization.safe_globals(_HARMLESS):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        text = str(error)
+        unsafe = "Unsupported global" in text or "Unsupported class" in text or "WeightsUnpickler" in text
+        if unsafe:
+            raise CheckpointError(
+                f"{path} wants to run code",
+                got=text.strip().splitlines()[0].removeprefix("Weights only load failed. "),
+                expected="tensors and plain data",
+                hint="jetvla never unpickles code; re-save the state_dict with torch.save({'state_dict': model.state_dict()}, ...).",
+            ) from None
+        raise _not_a_checkpoint(path, text) from None
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        UnicodeDecodeError,
+    ) as error:
+        raise _not_a_checkpoint(path, error) from None
+
+
+def _not_a_checkpoint(path: Path, error: object) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is truncated or not a checkpoint",
+        got=f"{path.stat().st_size} bytes; {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}",
+        expected="a complete file written by torch.save or Lightning",
+        hint="copy it again and compare sizes; a disk that filled up during training leaves such files.",
+    )
+
+
+def _find_config(raw: RawCheckpoint, explicit: Path | None) -> dict[str, Any]:
+    if explicit is not None:
+        return read_json(explicit)
+    if raw.config is not None:
+        return raw.config
+    beside = [raw.path.with_suffix(".json"), raw.path.parent / "config.json"]
+    for candidate in beside:
+        if candidate.exists():
+            return read_json(candidate)
+    raise ConfigError(
+        f"{raw.path.name} carries no training config",
+        got="no hyper_parameters.configs, no " + " or ".join(candidate.name for candidate in beside) + " beside it",
+        hint="pass the RoboVLMs JSON of the run with --config.",
+    )
+
+
+def _unaliased(raw: RawCheckpoint, keys: KeyMap) -> dict[str, Tensor]:
+    """First occurrence of each canonical name; two names with different values are an error, not a coin toss."""
+    if len(keys.adapters) > 1:
+        raise CheckpointError(
+            f"{raw.path.name} holds several adapters",
+            got=", ".join(sorted(keys.adapters)),
+            expected="one",
+            hint="save the checkpoint with the adapter that should be deployed only.",
+        )
+    state = {}
+    conflicts = []
+    for name, raw_names in keys.names.items():
+        first, *others = (raw.state[raw_name] for raw_name in raw_names)
+        state[name] = first
+        conflicts += [
+            name for other in others if other.data_ptr() != first.data_ptr() and not torch.equal(other, first)
+        ]
+    if conflicts:
+        raise CheckpointError(
+            f"{raw.path.name} gives one parameter two values",
+            got=_some(conflicts),
+            hint="the alias keys disagree, so the file was edited or saved halfway; re-export it from training.",
+        )
+    return state
+
+
+def _check_adapters(path: Path, spec: PolicySpec, keys: KeyMap, state: Mapping[str, Tensor]) -> tuple[str, ...]:
+    adapted = lora_modules(keys.names)
+    if bool(adapted) != (spec.lora is not None):
+        raise ConfigError(
+            f"config and weights of {path.name} disagree about LoRA",
+            got=f"{len(adapted)} adapted modules in the weights",
+            expected=f"lora_enable {spec.lora is not None}",
+            hint="this is the config of another run; pass the right one with --config.",
+        )
+    if spec.lora is not None:
+        ranks = {state[f"backbone.{module}.lora_A.weight"].shape[0] for module in adapted}
+        if ranks != {spec.lora.r}:
+            raise ConfigError(
+                f"config and weights of {path.name} disagree about the LoRA rank",
+                got=f"{sorted(ranks)} in the weights",
+                expected=f"lora_r {spec.lora.r}",
+                hint="the merge scale is alpha / r, so a wrong config would silently scale every adapter; pass the right --config.",
+            )
+    return adapted
+
+
+def _fill_from_base(
+    raw: RawCheckpoint, located: Base, state: dict[str, Tensor], expected: Mapping[str, object]
+) -> tuple[tuple[str, ...], str | None]:
+    """Add missing backbone weights from the base directory; returns their names and the directory's hash."""
+    missing = tuple(sorted(name for name in expected if name not in state and name.startswith("backbone.")))
+    missing = tuple(name for name in missing if ".lora_" not in name)
+    if not missing:
+        return (), None
+    if located.folder is None:
+        raise BaseWeightsError(
+            f"{raw.path.name} lacks {len(missing)} base weights",
+            got=_some(missing),
+            expected="a base directory to take them from",
+            hint="pass the Kosmos-2 directory with --base DIR.",
+        )
+    origin = base_weights(located.folder)
+    digest = tensors_sha256(origin)
+    recorded = raw.recorded.get("base_sha256")
+    if recorded is not None and recorded != digest:
+        raise BaseWeightsError(
+            f"{located.folder} is not the base of {raw.path.name}",
+            got=digest,
+            expected=recorded,
+            hint="the adapter means nothing on other weights; find the base that the run recorded.",
+        )
+    taken = tuple(name for name in missing if name in origin)
+    state.update({name: origin[name] for name in taken})
+    return taken, digest
+
+
+def _check_names(
+    path: Path, state: Mapping[str, Tensor], policy: KosmosPolicy, expected: Mapping[str, tuple[str, ...]]
+) -> None:
+    shapes = {name: tuple(policy.get_parameter(raw[0]).shape) for name, raw in expected.items()}
+    problems = []
+    if missing := sorted(set(shapes) - set(state)):
+        problems.append(f"missing {_some(missing)}")
+    if unknown := sorted(set(state) - set(shapes)):
+        problems.append(f"unknown {_some(unknown)}")
+    wrong = [
+        f"{name} {list(state[name].shape)}, not {list(shape)}"
+        for name, shape in sorted(shapes.items())
+        if name in state and tuple(state[name].shape) != shape
+    ]
+    if wrong:
+        problems.append(f"misshapen {_some(wrong)}")
+    if problems:
+        raise CheckpointError(
+            f"the weights of {path.name} do not fit its config and base",
+            got="; ".join(problems),
+            expected=f"exactly the {len(shapes)} parameters of {policy.spec.head.kind} on this base",
+            hint="a wrong --base or --config is the usual cause.",
+        )
+
+
+def _check_finite(path: Path, state: Mapping[str, Tensor]) -> None:
+    # The sum of a tensor is finite only if all of it is, and costs one pass and no memory.
+    bad = sorted(name for name, tensor in state.items() if not torch.isfinite(tensor.sum(dtype=torch.float64)))
+    if bad:
+        raise CheckpointError(
+            f"{path.name} holds NaN or infinite weights",
+            got=_some(bad),
+            expected="finite numbers",
+            hint="training diverged; take an earlier checkpoint.",
+        )
+
+
+def _materialize_tables(policy: KosmosPolicy) -> None:
+    """Recompute what Hugging Face keeps in non-persistent buffers, which the meta device left empty."""
+    vision = policy.backbone.vision_model.model.embeddings
+    vision.position_ids = torch.arange(vision.num_positions).expand((1, -1))
+    positions = policy.backbone.text_model.model.embed_positions
+    del positions.weights
+    positions.make_weights(positions.num_positions + positions.offset, positions.embedding_dim, positions.padding_idx)
+
+
+def _some(names: tuple[str, ...] | list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f"{len(names)}: " + ", ".join(names[:_LISTED]) + more
