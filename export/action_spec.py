@@ -1,0 +1,84 @@
+"""What the action's columns are called and mean: from the head, the config, and what the user states.
+
+No checkpoint records it. Defaults are the lab's; everything can be stated, and the manifest always says what was taken.
+"""
+
+from __future__ import annotations
+
+from bundle.errors import ConfigError
+from bundle.manifest import Action
+from export.config import BuildConfig
+from train.config import PolicySpec
+
+# The fork's nine classes in its own order; x forward, y left (REP 103).
+NINE_CLASSES = ("Stop", "F", "B", "L", "R", "FL", "FR", "BL", "BR")
+_DIRECTIONS = {
+    "Stop": (0, 0), "F": (1, 0), "B": (-1, 0), "L": (0, 1), "R": (0, -1),
+    "FL": (1, 1), "FR": (1, -1), "BL": (-1, 1), "BR": (-1, -1),
+}  # fmt: skip
+_VELOCITIES = ("linear_x", "linear_y", "angular_z")
+_ARM = ("x", "y", "z", "roll", "pitch", "yaw")
+_UNITS = {"linear_x": "m/s", "linear_y": "m/s", "angular_z": "rad/s", "gripper": "-1 or 1"}
+
+
+def action_spec(spec: PolicySpec, config: BuildConfig) -> Action:
+    """The manifest's action part.
+
+    Raises:
+        ConfigError: names or classes that do not fit the head, or classes that must be stated.
+    """
+    minimum, maximum = config.action_range or (spec.minimum, spec.maximum)
+    if not minimum < maximum:
+        raise ConfigError(
+            "the action range is empty",
+            got=f"{minimum} to {maximum}",
+            expected="minimum < maximum",
+            hint="--action-range -1.15 1.15",
+        )
+    class_names = _class_names(spec, config)
+    names = config.action_names or _default_names(spec)
+    columns = 2 if spec.head.kind == "classes" else spec.head.outputs
+    if len(names) != columns:
+        raise ConfigError(
+            "the action names do not fit the head",
+            got=", ".join(names),
+            expected=f"{columns} names",
+            hint="see --action-names.",
+        )
+    return Action(
+        head=spec.head.kind,
+        names=names,
+        units=tuple(_UNITS.get(name, "as trained") for name in names),
+        normalized=spec.head.kind != "classes" and (spec.normalized or config.action_range is not None),
+        minimum=minimum,
+        maximum=maximum,
+        mu=spec.mu,
+        class_names=class_names,
+        class_values=tuple(tuple(config.class_speed * part for part in _DIRECTIONS[name]) for name in class_names),
+    )
+
+
+def _default_names(spec: PolicySpec) -> tuple[str, ...]:
+    count = spec.head.outputs
+    if spec.head.kind == "classes":
+        return _VELOCITIES[:2]
+    if spec.head.kind == "velocities":
+        return _VELOCITIES[:count] if count <= len(_VELOCITIES) else tuple(f"action_{i}" for i in range(count))
+    arm = count - 1
+    if arm == len(_ARM):
+        return (*_ARM, "gripper")
+    return (*(_VELOCITIES[:arm] if arm <= len(_VELOCITIES) else tuple(f"action_{i}" for i in range(arm))), "gripper")
+
+
+def _class_names(spec: PolicySpec, config: BuildConfig) -> tuple[str, ...]:
+    if spec.head.kind != "classes":
+        return ()
+    names = config.classes or (NINE_CLASSES if spec.head.outputs == len(NINE_CLASSES) else ())
+    if len(names) != spec.head.outputs or not set(names) <= set(_DIRECTIONS):
+        raise ConfigError(
+            f"what the {spec.head.outputs} classes mean must be stated",
+            got=" ".join(names) or "nothing",
+            expected=f"{spec.head.outputs} names out of {' '.join(_DIRECTIONS)}, in training order",
+            hint="for example --classes Stop F L R FL FR; the order stands in the dataset code of the run.",
+        )
+    return names

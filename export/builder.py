@@ -1,0 +1,231 @@
+"""A build, step by step: read, plan, export, verify, publish.
+
+Only one tensor of one stage is in memory at a time, and the reference is released before the backend loads, so a full-size build fits a
+small machine. An fp16 build whose actions are off promotes stages to fp32 where that costs nothing (see export/plan.py), and says so.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import resource
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from bundle.atomic import disk_errors, staged_directory
+from bundle.errors import ParityError
+from bundle.hashing import sha256_file
+from bundle.manifest import File, Precision, Stage
+from export import verification
+from export.config import BUILD_REPORT, BuildConfig, BuildReport, Input, request_sha256
+from export.console import Reporter, human_bytes
+from export.plan import EMBEDDING_WEIGHT, Plan, check_space, make_plan, merged_weights, plan_table, stage_files
+from export.to_onnx import export_stage
+from export.verification import PARITY_REPORT, pretty_json
+from export.weights import STAGES, stage_bytes
+from runtime.policy import EMBEDDING_NAME
+from runtime.tokenizer import TOKENIZER_NAME
+from train.checkpoint import LoadedPolicy, load
+
+_LOG_NAME = "reports/build.log"
+
+
+def dry_run(config: BuildConfig, reporter: Reporter) -> None:
+    """Read the checkpoint, print what a build would do, write nothing."""
+    _read_and_plan(config, reporter)
+    reporter.result("dry run: nothing was written.")
+
+
+def run(config: BuildConfig, reporter: Reporter) -> None:
+    """Build into config.target; see export.pipeline.build. The caller holds the target's lock."""
+    target = config.target
+    loaded, plan = _read_and_plan(config, reporter)
+    check_space(target, plan)
+    inputs = _inputs(config, loaded)
+    with staged_directory(target) as staging:
+        try:
+            (staging / "reports").mkdir()
+            precisions = plan.precisions()
+            with reporter.step("Export"):
+                stages, files = _export(staging, config, loaded, plan, precisions, reporter)
+                _write_embedding(staging, loaded)
+                if plan.tokenizer is not None:
+                    shutil.copyfile(plan.tokenizer, staging / TOKENIZER_NAME)
+            with reporter.step("Verify"):
+                episodes = verification.verification_episodes(config, plan)
+                reference = verification.record_reference(staging, loaded, plan, episodes, reporter)
+                while True:
+                    manifest = msgspec.structs.replace(plan.manifest, stages=stages)
+                    promoted = plan.promotable(precisions) if config.promote else None
+                    if promoted is None:
+                        verification.release(loaded)
+                    report = verification.compare(staging, config, manifest, episodes, reference, reporter)
+                    if report.comfortable or promoted is None:
+                        break
+                    precisions[promoted] = "fp32"
+                    reporter.result(
+                        f"{report.verdict} with {promoted} in fp16 (action error {report.action_max_error:.1e}); "
+                        f"fp32 costs only {human_bytes(plan.sizes[promoted] // 2)}, so it is promoted"
+                    )
+                    _remove_stage(staging, stages[promoted])
+                    again, written = _export(staging, config, loaded, plan, {promoted: "fp32"}, reporter)
+                    stages, files = stages | again, files | written
+                verification.accept(staging, config, report, reporter)
+            with reporter.step("Publish"):
+                (staging / PARITY_REPORT).write_bytes(pretty_json(report))
+                (staging / _LOG_NAME).write_text(reporter.log)
+                build_report = BuildReport(
+                    request=request_sha256(config),
+                    inputs=inputs,
+                    reused_stages=tuple(stage for stage in STAGES if (stage, precisions[stage]) in plan.reusable),
+                    seconds=reporter.seconds,
+                    peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+                    versions={
+                        name: importlib.metadata.version(name)
+                        for name in ("torch", "transformers", "onnx", "onnxruntime")
+                    },
+                )
+                (staging / BUILD_REPORT).write_bytes(pretty_json(build_report))
+                files = _record_files(staging, files)
+                manifest = msgspec.structs.replace(manifest, files=files, parity=report.summary())
+                manifest.save(staging)
+                size = sum(record.bytes for record in files.values())
+                reporter.result(f"{target}  {human_bytes(size)}  {report.verdict}")
+        except ParityError as error:
+            _keep_failure(target, staging, reporter, error)
+            raise
+
+
+def _read_and_plan(config: BuildConfig, reporter: Reporter) -> tuple[LoadedPolicy, Plan]:
+    with reporter.step("Read checkpoint"):
+        loaded = load(
+            config.checkpoint,
+            base=config.base,
+            config=config.config,
+            packing=config.packing,
+            x_attn_causal=config.x_attn_causal,
+        )
+        conventions = loaded.policy.conventions
+        parameters = sum(tensor.numel() for name, tensor in loaded.state.items() if ".lora_" not in name)
+        reporter.result(
+            f"{loaded.raw.kind} {human_bytes(config.checkpoint.stat().st_size)}, {parameters / 1e6:.1f} M parameters, "
+            f"{len(loaded.policy.adapted)} LoRA modules, head {loaded.policy.spec.head.kind}"
+        )
+        reporter.result(f"packing {conventions.packing} ({conventions.packing_source})")
+        causal = f"x_attn_causal {conventions.x_attn_causal} ({conventions.x_attn_causal_source})"
+        if loaded.policy.spec.fork and conventions.x_attn_causal_source.startswith("assumed"):
+            reporter.warn(
+                causal
+                + "; the fork's Dockerfile installs 4.52.3, which is causal: state --x-attn-causal if you trained in it."
+            )
+        else:
+            reporter.result(causal)
+        _warn_untrained(loaded, reporter)
+    with reporter.step("Plan"):
+        total = sum(stage_bytes(loaded.state, stage) for stage in STAGES) + config.checkpoint.stat().st_size
+        with reporter.bytes_bar("hashing", total) as advance:
+            plan = make_plan(config, loaded, advance)
+        reporter.result(f"sequence buckets {', '.join(map(str, plan.manifest.prompt.buckets))}")
+        reporter.table(plan_table(plan, loaded))
+    return loaded, plan
+
+
+def _warn_untrained(loaded: LoadedPolicy, reporter: Reporter) -> None:
+    ups = [tensor for name, tensor in loaded.state.items() if name.endswith(".lora_B.weight")]
+    if ups and not any(bool(up.any()) for up in ups):
+        reporter.warn("every LoRA-B is zero: this adapter was never trained, and does nothing.")
+    if not bool(loaded.state["action_token"].any()):
+        reporter.warn("the action token is zero: this policy was never trained.")
+
+
+def _inputs(config: BuildConfig, loaded: LoadedPolicy) -> tuple[Input, ...]:
+    """Files whose change makes the bundle out of date."""
+    folder = loaded.base.folder
+    paths = [config.checkpoint, config.config, config.tokenizer, config.verify_episode]
+    if folder is not None:
+        paths += [folder / "config.json", folder / TOKENIZER_NAME]
+        paths += sorted(folder.glob("model*.safetensors")) if loaded.from_base else []
+    if loaded.raw.config is None and config.config is None:
+        paths += [config.checkpoint.with_suffix(".json"), config.checkpoint.parent / "config.json"]
+    return tuple(Input.of(path) for path in paths if path is not None and path.exists())
+
+
+def _export(
+    staging: Path,
+    config: BuildConfig,
+    loaded: LoadedPolicy,
+    plan: Plan,
+    precisions: Mapping[str, Precision],
+    reporter: Reporter,
+) -> tuple[dict[str, Stage], dict[str, File]]:
+    """Write or link these stages; returns manifest entries and the records of the weight files just written."""
+    weights = merged_weights(loaded)
+    stages: dict[str, Stage] = {}
+    files: dict[str, File] = {}
+    for stage, precision in precisions.items():
+        cached = plan.reusable.get((stage, precision))
+        if cached is not None:
+            entry = cached
+            for name in stage_files(entry):
+                os.link(config.target / name, staging / name)
+        else:
+            with reporter.bytes_bar(stage, plan.size(stage, precision)) as advance:
+                entry, written = export_stage(
+                    stage,
+                    staging,
+                    weights,
+                    plan.dims,
+                    precision=precision,
+                    buckets=plan.manifest.prompt.buckets,
+                    key=plan.keys[stage, precision],
+                    progress=advance,
+                )
+            files |= written
+        stages[stage] = entry
+        done = "reused" if cached is not None else "written"
+        nodes = " and ".join(str(graph.nodes) for graph in entry.graphs)
+        reporter.result(f"{stage}: {precision}, {done}, {human_bytes(entry.weight_bytes)}, {nodes} nodes")
+    return stages, files
+
+
+def _remove_stage(staging: Path, entry: Stage) -> None:
+    for name in stage_files(entry):
+        (staging / name).unlink()
+
+
+def _write_embedding(staging: Path, loaded: LoadedPolicy) -> None:
+    """token_embedding.npy float32 [vocab + 1, D]; the last row is the action token.
+
+    fp32 in every bundle: it stays on disk (a prompt maps a few rows of it), and its rounding would be the same at every step.
+    """
+    table = loaded.state[EMBEDDING_WEIGHT]
+    shape = (table.shape[0] + 1, table.shape[1])
+    out = np.lib.format.open_memmap(staging / EMBEDDING_NAME, mode="w+", dtype=np.float32, shape=shape)
+    for start in range(0, table.shape[0], 4096):
+        rows = table[start : start + 4096]
+        out[start : start + len(rows)] = rows.numpy()
+    out[-1] = loaded.state["action_token"].numpy()
+    out.flush()
+
+
+def _record_files(staging: Path, known: dict[str, File]) -> dict[str, File]:
+    """Integrity records of everything in the bundle; weight files just written were hashed on the way."""
+    files = {}
+    for path in sorted(staging.rglob("*")):
+        if path.is_file():
+            name = str(path.relative_to(staging))
+            files[name] = known.get(name) or File(sha256=sha256_file(path), bytes=path.stat().st_size)
+    return files
+
+
+def _keep_failure(target: Path, staging: Path, reporter: Reporter, error: ParityError) -> None:
+    """Leave report and log of a failed verification beside the target."""
+    folder = target.with_name(f"{target.name}.failed")
+    with disk_errors(folder):
+        folder.mkdir(exist_ok=True)
+        shutil.copyfile(staging / PARITY_REPORT, folder / "parity.json")
+        (folder / "build.log").write_text(f"{reporter.log}\n{error}\n")

@@ -1,0 +1,163 @@
+"""What to build, and whether it has been built already - decided without importing torch.
+
+A build's request is its options, its inputs (by path, size and modification time, as make(1) does) and the code that would run. An equal
+request on an intact bundle means there is nothing to do, and saying so must not cost the seconds that importing torch does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+import tyro
+
+from bundle.errors import BundleError, ConfigError
+from bundle.manifest import Manifest, Packing, Precision
+
+BUILD_REPORT = "reports/build.json"
+_CODE = ("bundle", "export", "runtime", "train")
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """Turn a checkpoint into a verified bundle.
+
+    Attributes:
+        checkpoint: Lightning .ckpt, .pt, or jetvla .safetensors.
+        out: bundle directory; by default the checkpoint's name with .bundle, in the current folder.
+        precision: fp32, or fp16 (fp16 weights and GEMMs, fp32 islands).
+        promote: in an fp16 build, give fp32 to stages for which that costs next to nothing (16 MB) if fp16 shows in the actions.
+        base: Kosmos-2 directory (config.json, tokenizer.json, weights if the checkpoint lacks them).
+        config: RoboVLMs training JSON; by default the one in the checkpoint, else beside it.
+        packing: how training laid out a row; must be stated for policies of the 2-DoF fork.
+        x_attn_causal: the resampler was trained causal (transformers 4.52 to 5.0, sdpa).
+        instruction: tokenised into the manifest; also decides the sequence buckets. Repeatable.
+        max_prompt_tokens: longest prompt that any later instruction may have, special tokens included.
+        pad_prompt_to: pad every prompt to this many tokens, as some servers do. It changes the result.
+        tokenizer: tokenizer.json, if it is not in the base directory.
+        resize: filter of the deployment's training data (upstream bicubic, the fork's H5 loader bilinear).
+        pixel_norm: clip subtracts CLIP's mean and divides by its std; none was the fork's loader before February 2026.
+        action_range: physical values of -1 and +1, if not those of the config (norm_min, norm_max).
+        action_names: columns of the action, if not the usual ones of the head.
+        classes: names of a class head's classes in order, out of Stop F B L R FL FR BL BR.
+        class_speed: linear speed of a class head's commands, in m/s.
+        verify_frames: frames to compare per stream; 0 means window + 4, and window + 2 after the reset.
+        verify_episode: H5 episode to take frames from; by default random pictures.
+        backend: what verification runs; the runtime chooses its own when it starts.
+        force: rebuild everything, reuse nothing.
+        dry_run: print the plan and stop.
+    """
+
+    checkpoint: tyro.conf.Positional[Path]
+    out: Path | None = None
+    precision: Precision = "fp32"
+    promote: bool = True
+    base: Path | None = None
+    config: Path | None = None
+    packing: Packing | Literal["auto"] = "auto"
+    x_attn_causal: bool | None = None
+    instruction: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    max_prompt_tokens: int = 64
+    pad_prompt_to: int | None = None
+    tokenizer: Path | None = None
+    resize: Literal["bicubic", "bilinear"] = "bicubic"
+    pixel_norm: Literal["clip", "none"] = "clip"
+    action_range: tuple[float, float] | None = None
+    action_names: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+    class_speed: float = 1.15
+    verify_frames: int = 0
+    verify_episode: Path | None = None
+    backend: str = "ort:cpu"
+    force: bool = False
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        # Scripts pass plain strings; the annotations promise paths.
+        for name in ("checkpoint", "out", "base", "config", "tokenizer", "verify_episode"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                object.__setattr__(self, name, Path(value))
+        object.__setattr__(self, "instruction", tuple(text.strip() for text in self.instruction))
+        if "" in self.instruction:
+            raise ConfigError(
+                "an instruction is empty", hint="leave --instruction out, or say what the robot should do."
+            )
+        if self.max_prompt_tokens < 2:
+            raise ConfigError(
+                "max_prompt_tokens is too small",
+                got=self.max_prompt_tokens,
+                expected="at least 2",
+                hint="64 is the default.",
+            )
+
+    @property
+    def target(self) -> Path:
+        """Where the bundle goes."""
+        return self.out if self.out is not None else Path(f"{self.checkpoint.stem}.bundle")
+
+
+class Input(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A file that a build read, as it was then."""
+
+    path: str
+    bytes: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> Input:
+        """The file's present state."""
+        status = path.stat()
+        return cls(str(path.resolve()), status.st_size, status.st_mtime_ns)
+
+
+class BuildReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """reports/build.json: how a bundle came to be."""
+
+    request: str
+    inputs: tuple[Input, ...]
+    reused_stages: tuple[str, ...]
+    seconds: dict[str, float]
+    peak_rss_mb: int
+    versions: dict[str, str]
+
+
+def code_sha256(files: Iterable[str] | None = None) -> str:
+    """Hash of jetvla's own sources (`files` relative to the root; by default all that a build runs)."""
+    chosen = (
+        sorted(files)
+        if files is not None
+        else sorted(str(path.relative_to(_ROOT)) for folder in _CODE for path in (_ROOT / folder).rglob("*.py"))
+    )
+    digest = hashlib.sha256()
+    for name in chosen:
+        digest.update(name.encode() + b"\0" + (_ROOT / name).read_bytes())
+    return digest.hexdigest()
+
+
+def request_sha256(config: BuildConfig) -> str:
+    """Hash of everything that decides a bundle except the contents of its input files."""
+    options = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(config).items()
+        if name not in ("out", "force", "dry_run")
+    }
+    return hashlib.sha256(msgspec.json.encode([options, code_sha256()], order="sorted")).hexdigest()
+
+
+def is_up_to_date(config: BuildConfig) -> bool:
+    """True if the target was built by this very request from unchanged inputs, and none of its files changed size."""
+    target = config.target
+    try:
+        report = msgspec.json.decode((target / BUILD_REPORT).read_bytes(), type=BuildReport)
+        manifest = Manifest.load(target)
+        same_inputs = all(Input.of(Path(known.path)) == known for known in report.inputs)
+        intact = all((target / name).stat().st_size == record.bytes for name, record in manifest.files.items())
+    except (OSError, msgspec.DecodeError, BundleError):
+        return False
+    return same_inputs and intact and report.request == request_sha256(config)

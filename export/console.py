@@ -1,0 +1,103 @@
+"""What a person sees while a build runs: step headers, one result line a step, progress bars, and a log file of the same.
+
+Everything goes to stderr through rich (NO_COLOR respected, bars only on a terminal); stdout stays free for results.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class Reporter:
+    """Prints steps and keeps their log.
+
+    Args:
+        steps: how many there will be.
+        quiet: keep the log, print nothing (for use as a library).
+    """
+
+    def __init__(self, steps: int, *, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._steps = steps
+        self._step = 0
+        self._title = ""
+        self._started = time.monotonic()
+        self._lines: list[str] = []
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def step(self, title: str) -> Iterator[None]:
+        """A numbered step; its duration is kept under its title."""
+        self._step += 1
+        self._title = title
+        self._print(f"[bold cyan]\\[{self._step}/{self._steps}][/] {title}", f"[{self._step}/{self._steps}] {title}")
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[title] = round(time.monotonic() - start, 2)
+
+    def result(self, text: str) -> None:
+        """The step's result line."""
+        self._print(f"      {text}", f"      {text}", markup=False)
+
+    def warn(self, text: str) -> None:
+        """Something the user should know though the build goes on."""
+        self._print(f"      [yellow]warning:[/] {text}", f"      warning: {text}")
+
+    def table(self, table: Table) -> None:
+        """A table, on the screen only."""
+        self.console.print(table)
+
+    @contextmanager
+    def bytes_bar(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A progress bar over bytes; yields the function that advances it."""
+        columns = (
+            TextColumn("      {task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            task = progress.add_task(label, total=total)
+            yield lambda amount: progress.advance(task, amount)
+
+    @contextmanager
+    def count_bar(self, label: str, total: int) -> Iterator[Callable[[], None]]:
+        """A progress bar over items; yields the function that advances it by one."""
+        columns = (
+            TextColumn("      {task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            task = progress.add_task(label, total=total)
+            yield lambda: progress.advance(task, 1)
+
+    @property
+    def log(self) -> str:
+        """Everything printed so far, with seconds since the start."""
+        return "\n".join(self._lines) + "\n"
+
+    def _print(self, shown: str, logged: str, *, markup: bool = True) -> None:
+        self.console.print(shown, markup=markup, soft_wrap=True)
+        self._lines.append(f"{time.monotonic() - self._started:8.2f}s {logged}")
+
+
+def human_bytes(count: int) -> str:
+    """Decimal units, as disks are sold."""
+    value = float(count)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"

@@ -1,0 +1,232 @@
+"""Proof that the engines do what the checkpoint does.
+
+The reference (torch, adapters unmerged, fp32, window re-run from zero) and the very code that drives the robot get the same frames in the
+same order, two episodes with a reset between them. Reference and backend need not be in memory together, so the reference is
+recorded first. Stages are also compared alone, on the reference's own inputs, to say where an error comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from bundle.manifest import Parity, Precision, Verdict
+from runtime.actions import denormalize
+from runtime.golden import cosine
+from runtime.policy import Policy
+from train.policy import KosmosPolicy, ReferenceStep, ReferenceStream
+
+_ORDER: tuple[Verdict, ...] = ("PASS", "WARN", "FAIL")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Up to `*_pass` is PASS, up to `*_warn` WARN, beyond FAIL. Action errors are in the head's own range of -1..1."""
+
+    feature_cosine_pass: float
+    feature_cosine_warn: float
+    action_error_pass: float
+    action_error_warn: float
+
+
+# The one table of thresholds. fp32 differs by summation order only; fp16 rounds weights and activations to 11 bits.
+LIMITS: dict[Precision, Limits] = {
+    "fp32": Limits(0.999999, 0.99999, 1e-4, 1e-3),
+    "fp16": Limits(0.9995, 0.999, 2e-3, 1e-2),
+}
+
+
+@dataclass(frozen=True)
+class Episode:
+    """Frames of one verification episode: uint8 [T, cameras, s, s, 3], already resized; token_ids and mask [L]."""
+
+    frames: NDArray[np.uint8]
+    token_ids: tuple[int, ...]
+    mask: tuple[int, ...]
+
+
+class StageParity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One stage alone, on the reference's inputs: worst over frames."""
+
+    cosine: float
+    max_error: float
+
+
+class ColumnParity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One action column end to end, in physical units."""
+
+    name: str
+    unit: str
+    max_error: float
+    mean_error: float
+
+
+class ParityReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """reports/parity.json. `spread` is the reference actions' standard deviation over frames: agreement on a constant proves little."""
+
+    verdict: Verdict
+    reasons: tuple[str, ...]
+    precision: Precision
+    backend: str
+    frames: int
+    episodes: int
+    stages: dict[str, StageParity]
+    feature_cosine: float
+    feature_max_error: float
+    action_max_error: float
+    spread: float
+    columns: tuple[ColumnParity, ...]
+
+    @property
+    def comfortable(self) -> bool:
+        """Passed with half of the action limit to spare: other frames than these will hardly cross it."""
+        return self.verdict == "PASS" and self.action_max_error <= LIMITS[self.precision].action_error_pass / 2
+
+    def summary(self) -> Parity:
+        """What the manifest keeps."""
+        return Parity(
+            verdict=self.verdict,
+            backend=self.backend,
+            frames=self.frames,
+            feature_cosine=self.feature_cosine,
+            feature_max_error=self.feature_max_error,
+            action_max_error=self.action_max_error,
+        )
+
+
+def record_reference(
+    policy: KosmosPolicy,
+    episodes: Sequence[Episode],
+    *,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    advance: Callable[[], None],
+) -> list[list[ReferenceStep]]:
+    """Run the reference over the episodes; about a frame's full forward each."""
+    record = []
+    for episode in episodes:
+        stream = ReferenceStream(policy, np.array(episode.token_ids), np.array(episode.mask), mean=mean, std=std)
+        steps = []
+        for frames in episode.frames:
+            steps.append(stream.step(frames))
+            advance()
+        record.append(steps)
+    return record
+
+
+def compare(
+    policy: Policy,
+    episodes: Sequence[Episode],
+    reference: Sequence[Sequence[ReferenceStep]],
+    advance: Callable[[], None],
+) -> ParityReport:
+    """Stream the episodes through the runtime and compare every step with the recorded reference."""
+    stages: dict[str, list[StageParity]] = {"vision": [], "language": [], "action_head": []}
+    features: list[StageParity] = []
+    errors: list[NDArray[np.float64]] = []
+    physical: list[NDArray[np.float64]] = []
+    scale = policy.manifest.prompt.embed_scale
+    for episode, steps in zip(episodes, reference, strict=True):
+        policy.reset(token_ids=episode.token_ids, attention_mask=episode.mask)
+        for frames, expected in zip(episode.frames, steps, strict=True):
+            chunk = policy.step_resized(frames)
+            features.append(_stage(chunk.feature, expected.feature))
+            errors.append(_action_error(chunk.normalized, expected.action))
+            physical.append(np.abs(chunk.values - denormalize(expected.action, policy.manifest.action)).max(axis=0))
+            advance()
+        # Alone: the last frame of the episode is enough to tell which stage an error comes from.
+        stages["vision"].append(_stage(policy.run_vision(episode.frames[-1])[0], steps[-1].image_tokens * scale))
+        stages["language"].append(
+            _stage(policy.run_language(steps[-1].image_tokens[None] * np.float32(scale))[0], steps[-1].feature)
+        )
+        policy.reset(token_ids=episode.token_ids, attention_mask=episode.mask)
+        for expected in steps:
+            alone = policy.run_action_head(expected.feature[None])[0]
+            stages["action_head"].append(_stage(alone, expected.action))
+    spread = float(np.std([step.action for steps in reference for step in steps], axis=0).max())
+    cosine_min = min(item.cosine for item in features)
+    action_max = float(max(error.max() for error in errors))
+    precision = policy.manifest.precision
+    verdict, reasons = judge(precision, feature_cosine=cosine_min, action_error=action_max, spread=spread)
+    action = policy.manifest.action
+    return ParityReport(
+        verdict=verdict,
+        reasons=reasons,
+        precision=precision,
+        backend=policy.backend,
+        frames=len(features),
+        episodes=len(episodes),
+        stages={name: _worst(items) for name, items in stages.items()},
+        feature_cosine=cosine_min,
+        feature_max_error=max(item.max_error for item in features),
+        action_max_error=action_max,
+        spread=spread,
+        columns=tuple(
+            ColumnParity(name, unit, float(np.max(column)), float(np.mean(column)))
+            for name, unit, column in zip(action.names, action.units, np.array(physical).T, strict=True)
+        ),
+    )
+
+
+def judge(
+    precision: Precision, *, feature_cosine: float, action_error: float, spread: float
+) -> tuple[Verdict, tuple[str, ...]]:
+    """Apply LIMITS; a NaN fails."""
+    limits = LIMITS[precision]
+    reasons = []
+    verdicts: list[Verdict] = ["PASS"]
+    for name, good, fair, text in (
+        (
+            "feature cosine",
+            feature_cosine >= limits.feature_cosine_pass,
+            feature_cosine >= limits.feature_cosine_warn,
+            f"{feature_cosine:.7f}, PASS from {limits.feature_cosine_pass}",
+        ),
+        (
+            "action error",
+            action_error <= limits.action_error_pass,
+            action_error <= limits.action_error_warn,
+            f"{action_error:.2e}, PASS up to {limits.action_error_pass:.0e}",
+        ),
+    ):
+        if not good:
+            verdicts.append("WARN" if fair else "FAIL")
+            reasons.append(f"{name} {text}")
+    if spread < 1e-5:
+        verdicts.append("WARN")
+        reasons.append(
+            f"the reference's actions barely change over the frames ({spread:.1e}), so their agreement proves little"
+        )
+    return max(verdicts, key=_ORDER.index), tuple(reasons)
+
+
+def random_frames(count: int, cameras: int, size: int, *, seed: int) -> NDArray[np.uint8]:
+    """Pictures with structure at all scales, uint8 [count, cameras, size, size, 3]: coarse colour fields, edges and grain."""
+    rng = np.random.default_rng(seed)
+    frames = np.zeros((count, cameras, size, size, 3), np.uint8)
+    for frame in frames.reshape(-1, size, size, 3):
+        picture = np.zeros((size, size, 3))
+        for cells in (2, 7, 28):
+            coarse = rng.uniform(0, 1, (cells, cells, 3))
+            repeat = -(-size // cells)
+            picture += np.kron(coarse, np.ones((repeat, repeat, 1)))[:size, :size] / 3
+        frame[:] = np.clip(255 * picture + rng.normal(0, 6, picture.shape), 0, 255).astype(np.uint8)
+    return frames
+
+
+def _stage(got: NDArray[np.floating], expected: NDArray[np.floating]) -> StageParity:
+    return StageParity(cosine(got, expected), float(np.abs(got.astype(np.float64) - expected).max()))
+
+
+def _action_error(got: NDArray[np.floating], expected: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Absolute for tanh columns; logits are unbounded, so a column's error is relative to its size where that exceeds 1."""
+    size = np.maximum(1.0, np.abs(expected).max(axis=0))
+    return np.abs(got.astype(np.float64) - expected) / size
+
+
+def _worst(items: Sequence[StageParity]) -> StageParity:
+    return StageParity(min(item.cosine for item in items), max(item.max_error for item in items))

@@ -1,0 +1,285 @@
+"""What a build will do, decided before anything is written: manifest, stage keys, what is cached, what it will cost.
+
+A stage's key covers everything that decides its bytes - weights, adapters, graph-building code, precision, shapes - so an equal key in the
+present bundle means that its files can be linked instead of built. Writes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import msgspec
+import numpy as np
+from rich.table import Table
+
+from bundle.errors import BundleError, ConfigError, PromptError, StorageError
+from bundle.hashing import sha256_file
+from bundle.manifest import (
+    SCHEMA,
+    Dimensions,
+    File,
+    Instruction,
+    Manifest,
+    Parity,
+    Precision,
+    Preprocessing,
+    Prompt,
+    Source,
+    Stage,
+)
+from export.action_spec import action_spec
+from export.config import BuildConfig, code_sha256
+from export.console import human_bytes
+from export.stages import StageDims
+from export.to_onnx import round_up, stage_dims
+from export.weights import STAGES, MergedWeights, stage_bytes, stage_sha256
+from runtime.prompt import layout, pad_tokens
+from runtime.tokenizer import TOKENIZER_NAME, token_ids_of
+from train.checkpoint import LoadedPolicy
+from train.policy import CLIP_MEAN, CLIP_STD
+
+EMBEDDING_WEIGHT = "backbone.text_model.model.embed_tokens.weight"
+# Sources whose change must rebuild a stage.
+_GRAPH_CODE = ("export/onnx_ops.py", "export/ops.py", "export/stages.py", "export/to_onnx.py", "export/weights.py")
+_DEFAULT_INSTRUCTION = "Navigate to the gray basket on the left"
+_NO_NORM = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+# Weight bytes that fp32 instead of fp16 may add to a stage before it counts as a cost: 0.16 ms of an Orin NX's memory bandwidth.
+_FREE_BYTES = 16 << 20
+_NOT_VERIFIED = Parity(
+    verdict="FAIL", backend="none", frames=0, feature_cosine=0.0, feature_max_error=0.0, action_max_error=0.0
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be written and what is reused, decided before anything is.
+
+    Attributes:
+        manifest: everything but stages, files and parity.
+        keys: content key per stage and precision.
+        sizes: fp32 bytes per stage.
+        reusable: stages of the present bundle with a key of this plan, by stage and precision.
+        episodes: token ids of the verification prompts.
+    """
+
+    manifest: Manifest
+    dims: StageDims
+    keys: dict[tuple[str, Precision], str]
+    sizes: dict[str, int]
+    reusable: dict[tuple[str, Precision], Stage]
+    episodes: tuple[tuple[int, ...], ...]
+    tokenizer: Path | None
+
+    def precisions(self) -> dict[str, Precision]:
+        """The precision that each stage starts with. The action head is recurrent and small: rounding it saves nothing and adds up."""
+        return {stage: "fp32" if stage == "action_head" else self.manifest.precision for stage in STAGES}
+
+    def size(self, stage: str, precision: Precision) -> int:
+        """Weight bytes of a stage."""
+        return self.sizes[stage] // (2 if precision == "fp16" else 1)
+
+    def promotable(self, precisions: dict[str, Precision]) -> str | None:
+        """The next fp16 stage, if any, that fp32 would not make larger by more than _FREE_BYTES."""
+        for stage in ("language", "vision"):
+            if precisions[stage] == "fp16" and self.sizes[stage] // 2 <= _FREE_BYTES:
+                return stage
+        return None
+
+
+def make_plan(config: BuildConfig, loaded: LoadedPolicy, advance: Callable[[int], None]) -> Plan:
+    """Plan the build of a loaded checkpoint; hashes its weights and its file, `advance` gets the bytes done."""
+    policy = loaded.policy
+    mean, std = (CLIP_MEAN, CLIP_STD) if config.pixel_norm == "clip" else _NO_NORM
+    dims = stage_dims(policy, loaded.base, mean=mean, std=std)
+    if policy.spec.image_size != dims.image_size:
+        raise ConfigError(
+            "config and base disagree about the image size",
+            got=f"image_size {policy.spec.image_size}",
+            expected=f"{dims.image_size}, the base's",
+            hint="position embeddings are not interpolated; train and deploy at the base's size.",
+        )
+    weights = merged_weights(loaded)
+    hashes = {stage: stage_sha256(weights, stage, advance) for stage in STAGES}
+    tokenizer = config.tokenizer or loaded.base.tokenizer
+    prompt, episodes = _prompt(config, loaded, dims, tokenizer)
+    keys = {
+        (stage, precision): _stage_key(stage, precision, hashes[stage], dims, prompt.buckets)
+        for stage in STAGES
+        for precision in get_args(Precision)
+    }
+    manifest = Manifest(
+        schema=SCHEMA,
+        jetvla=importlib.metadata.version("jetvla"),
+        precision=config.precision,
+        source=Source(
+            checkpoint=config.checkpoint.name,
+            checkpoint_format=loaded.raw.kind,
+            checkpoint_sha256=sha256_file(config.checkpoint, advance),
+            checkpoint_bytes=config.checkpoint.stat().st_size,
+            weights_sha256=hashlib.sha256(repr(sorted(hashes.items())).encode()).hexdigest(),
+            base_sha256=loaded.base_sha256 or loaded.raw.recorded.get("base_sha256"),
+            lora_modules=len(policy.adapted),
+            ignored_keys=loaded.ignored,
+        ),
+        dimensions=Dimensions(
+            image_size=dims.image_size,
+            vision_width=dims.vision_width,
+            vision_layers=dims.vision_layers,
+            vision_heads=dims.vision_heads,
+            embed_dim=dims.width,
+            text_layers=dims.layers,
+            text_heads=dims.heads,
+            vocab_size=loaded.state[EMBEDDING_WEIGHT].shape[0],
+            image_tokens=dims.latents,
+            latent=dims.head.latent,
+            window=dims.window,
+            chunk=dims.chunk,
+            lstm_layers=dims.head.layers,
+            lstm_hidden=dims.head.hidden,
+        ),
+        x_attn_causal=policy.conventions.x_attn_causal,
+        x_attn_causal_source=policy.conventions.x_attn_causal_source,
+        prompt=prompt,
+        preprocessing=Preprocessing(
+            color="RGB",
+            resize=config.resize,
+            mean=mean,
+            std=std,
+            cameras=("hand", "static") if policy.spec.hand_camera else ("static",),
+        ),
+        action=action_spec(policy.spec, config),
+        stages={},
+        files={},
+        parity=_NOT_VERIFIED,
+    )
+    sizes = {stage: stage_bytes(loaded.state, stage) for stage in STAGES}
+    reusable = {} if config.force else _reusable(config.target, keys)
+    return Plan(manifest, dims, keys, sizes, reusable, episodes, tokenizer)
+
+
+def plan_table(plan: Plan, loaded: LoadedPolicy) -> Table:
+    table = Table("stage", "precision", "weights", "key", "state", box=None, padding=(0, 2, 0, 6), header_style="dim")
+    for stage, precision in plan.precisions().items():
+        state = "cached" if (stage, precision) in plan.reusable else "build"
+        table.add_row(
+            stage, precision, human_bytes(plan.size(stage, precision)), plan.keys[stage, precision][:12], state
+        )
+    table.add_row("embedding", "fp32", human_bytes(loaded.state[EMBEDDING_WEIGHT].nbytes), "", "write")
+    return table
+
+
+def check_space(target: Path, plan: Plan) -> None:
+    table = plan.manifest.dimensions.vocab_size * plan.dims.width * 4
+    stages = (item for item in plan.precisions().items() if item not in plan.reusable)
+    needed = (table + sum(plan.size(stage, precision) for stage, precision in stages)) * 11 // 10
+    folder = next(parent for parent in target.absolute().parents if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise StorageError(
+            f"not enough room to build {target}",
+            got=f"{human_bytes(free)} free",
+            expected=f"about {human_bytes(needed)}",
+            hint="free some space or choose another folder with --out.",
+        )
+
+
+def merged_weights(loaded: LoadedPolicy) -> MergedWeights:
+    lora = loaded.policy.spec.lora
+    return MergedWeights(loaded.state, lora.scaling if lora else 0.0)
+
+
+def stage_files(entry: Stage) -> tuple[str, ...]:
+    """Names of all files of a stage."""
+    return (entry.weights, *(graph.file for graph in entry.graphs))
+
+
+def _prompt(
+    config: BuildConfig, loaded: LoadedPolicy, dims: StageDims, tokenizer: Path | None
+) -> tuple[Prompt, tuple[tuple[int, ...], ...]]:
+    """The manifest's prompt part, and two prompts to verify with."""
+    policy, text = loaded.policy, loaded.base.kosmos.text_config
+    if tokenizer is not None and not tokenizer.exists():
+        raise ConfigError(f"{tokenizer} does not exist", expected="a tokenizer.json", hint="correct --tokenizer.")
+    spec = Prompt(
+        packing=policy.conventions.packing,
+        packing_source=policy.conventions.packing_source,
+        template=policy.spec.prompt_template,
+        pad_id=text.pad_token_id,
+        eos_id=text.eos_token_id,
+        pad_to=config.pad_prompt_to,
+        embed_scale=dims.embed_scale,
+        buckets=(),
+        instructions=(),
+    )
+
+    def tokens(instruction: str) -> tuple[int, ...]:
+        if tokenizer is None:
+            raise PromptError(
+                f"cannot tokenise {instruction!r}: the base has no {TOKENIZER_NAME}",
+                hint="pass --base DIR or --tokenizer FILE; without one the runtime takes token ids only.",
+            )
+        return token_ids_of(instruction, spec, tokenizer)
+
+    instructions = tuple(Instruction(text=item, token_ids=tokens(item)) for item in config.instruction)
+    prompts = [item.token_ids for item in instructions]
+    if not prompts:
+        prompts = [tokens(_DEFAULT_INSTRUCTION)] if tokenizer is not None else [_made_up_tokens(text.vocab_size)]
+    padded = [pad_tokens(item, config.pad_prompt_to, text.pad_token_id) for item in prompts]
+    longest = [0] * (config.max_prompt_tokens - 1) + [text.eos_token_id]
+    lengths = [
+        layout(
+            ids,
+            packing=spec.packing,
+            image_tokens=dims.image_tokens,
+            latent=dims.head.latent,
+            pad_id=text.pad_token_id,
+        ).length
+        for ids in (*padded, longest)
+    ]
+    buckets = tuple(sorted({round_up(length) for length in lengths}))
+    return msgspec.structs.replace(spec, buckets=buckets, instructions=instructions), (padded[0], padded[-1])
+
+
+def _made_up_tokens(vocab: int) -> tuple[int, ...]:
+    """A prompt for verification where no tokenizer is at hand: <s>, 14 tokens, </s>."""
+    return (0, *(int(token) for token in np.random.default_rng(0).integers(3, vocab, 14)), 2)
+
+
+def _stage_key(stage: str, precision: Precision, weights: str, dims: StageDims, buckets: tuple[int, ...]) -> str:
+    """Hash of everything that decides the bytes of a stage's files."""
+    parts = {
+        "stage": stage,
+        "weights": weights,
+        "code": code_sha256(_GRAPH_CODE),
+        "precision": precision,
+        "dims": dims,
+        "buckets": buckets if stage == "language" else (),
+        "calibration": None,
+    }
+    return hashlib.sha256(msgspec.json.encode(parts, order="sorted")).hexdigest()
+
+
+def _reusable(target: Path, keys: dict[tuple[str, Precision], str]) -> dict[tuple[str, Precision], Stage]:
+    """Stages of the bundle in `target` with these keys and intact files."""
+    try:
+        old = Manifest.load(target)
+    except BundleError:
+        return {}
+    found = {}
+    for (stage, precision), key in keys.items():
+        entry = old.stages.get(stage)
+        if entry is None or entry.key != key:
+            continue
+        if all(_is_intact(target / name, old.files.get(name)) for name in stage_files(entry)):
+            found[stage, precision] = entry
+    return found
+
+
+def _is_intact(path: Path, record: File | None) -> bool:
+    return record is not None and path.exists() and sha256_file(path) == record.sha256

@@ -1,0 +1,123 @@
+"""The verification step of a build: record the reference, stream the engines, judge, show.
+
+Binds export/parity.py (what is compared and how it is judged) to a build's files, frames and messages.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from rich.table import Table
+
+from bundle.errors import ParityError
+from bundle.manifest import Manifest
+from export import parity
+from export.config import BuildConfig
+from export.console import Reporter
+from export.plan import Plan
+from runtime.backends.select import open_backend
+from runtime.golden import Golden
+from runtime.policy import Policy
+from runtime.replay import resized_frames
+from train.checkpoint import LoadedPolicy
+from train.policy import ReferenceStep
+
+PARITY_REPORT = "reports/parity.json"
+
+
+def verification_episodes(config: BuildConfig, plan: Plan) -> list[parity.Episode]:
+    """Two verification episodes of more than a window each; between them lies a reset."""
+    window = plan.dims.window
+    counts = (config.verify_frames or window + 4, config.verify_frames or window + 2)
+    if config.verify_episode is not None:
+        frames = [resized_frames(config.verify_episode, plan.manifest, count) for count in counts]
+    else:
+        size, cameras = plan.dims.image_size, plan.dims.cameras
+        frames = [parity.random_frames(count, cameras, size, seed=seed) for seed, count in enumerate(counts)]
+    pad = plan.manifest.prompt.pad_id
+    return [
+        parity.Episode(pictures, ids, tuple(int(token != pad) for token in ids))
+        for pictures, ids in zip(frames, plan.episodes, strict=True)
+    ]
+
+
+def record_reference(
+    staging: Path, loaded: LoadedPolicy, plan: Plan, episodes: Sequence[parity.Episode], reporter: Reporter
+) -> list[list[ReferenceStep]]:
+    """Run the reference, and keep its first step as the bundle's golden step."""
+    preprocessing = plan.manifest.preprocessing
+    frames = sum(len(episode.frames) for episode in episodes)
+    with reporter.count_bar("reference: torch fp32, adapters unmerged", frames) as advance:
+        reference = parity.record_reference(
+            loaded.policy, episodes, mean=preprocessing.mean, std=preprocessing.std, advance=advance
+        )
+    first = reference[0][0]
+    Golden(episodes[0].frames[0], np.array(episodes[0].token_ids), first.feature, first.action).save(staging)
+    return reference
+
+
+def compare(
+    staging: Path,
+    config: BuildConfig,
+    manifest: Manifest,
+    episodes: Sequence[parity.Episode],
+    reference: Sequence[Sequence[ReferenceStep]],
+    reporter: Reporter,
+) -> parity.ParityReport:
+    """Stream the episodes through the runtime."""
+    with reporter.count_bar(f"engines: {config.backend}", sum(len(episode.frames) for episode in episodes)) as advance:
+        policy = Policy(staging, manifest, open_backend(config.backend))
+        return parity.compare(policy, episodes, reference, advance)
+
+
+def accept(staging: Path, config: BuildConfig, report: parity.ParityReport, reporter: Reporter) -> None:
+    """Show the verdict; a FAIL ends the build.
+
+    Raises:
+        ParityError: the verdict is FAIL.
+    """
+    reporter.table(_parity_table(report))
+    for reason in report.reasons:
+        reporter.warn(reason)
+    reporter.result(
+        f"{report.verdict}: {report.frames} frames, feature cosine {report.feature_cosine:.7f}, "
+        f"action error {report.action_max_error:.1e}"
+    )
+    if report.verdict == "FAIL":
+        (staging / PARITY_REPORT).write_bytes(pretty_json(report))
+        raise ParityError(
+            "the engines do not do what the checkpoint does",
+            got="; ".join(report.reasons),
+            expected=f"at least WARN for {config.precision}",
+            hint=f"no bundle was written; {config.target}.failed/parity.json says which stage differs."
+            + (
+                " Try --precision fp32." if config.precision != "fp32" else " This is a bug in jetvla or its libraries."
+            ),
+        )
+
+
+def release(loaded: LoadedPolicy) -> None:
+    """Drop the checkpoint's mappings before the backend loads: both together would be the peak of the build."""
+    loaded.policy.to_empty(device="meta")
+    loaded.state.clear()
+    loaded.raw.state.clear()
+    gc.collect()
+
+
+def _parity_table(report: parity.ParityReport) -> Table:
+    table = Table("", "cosine", "max error", box=None, padding=(0, 2, 0, 6), header_style="dim")
+    for name, stage in report.stages.items():
+        table.add_row(f"{name} alone", f"{stage.cosine:.7f}", f"{stage.max_error:.1e}")
+    table.add_row("feature, streamed", f"{report.feature_cosine:.7f}", f"{report.feature_max_error:.1e}")
+    for column in report.columns:
+        table.add_row(f"{column.name} ({column.unit})", "", f"{column.max_error:.1e}")
+    return table
+
+
+def pretty_json(value: msgspec.Struct) -> bytes:
+    """Indented JSON of a report."""
+    return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
