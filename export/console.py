@@ -10,7 +10,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.padding import Padding
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 
@@ -52,8 +61,8 @@ class Reporter:
         self._print(f"      [yellow]warning:[/] {text}", f"      warning: {text}")
 
     def table(self, table: Table) -> None:
-        """A table, on the screen only."""
-        self.console.print(table)
+        """A table, on the screen only, indented like result lines."""
+        self.console.print(Padding(table, (0, 0, 0, 6)))
 
     @contextmanager
     def bytes_bar(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -65,7 +74,7 @@ class Reporter:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.console, transient=True) as progress:
+        with self._bar(*columns) as progress:
             task = progress.add_task(label, total=total)
             yield lambda amount: progress.advance(task, amount)
 
@@ -79,9 +88,13 @@ class Reporter:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.console, transient=True) as progress:
+        with self._bar(*columns) as progress:
             task = progress.add_task(label, total=total)
             yield lambda: progress.advance(task, 1)
+
+    def _bar(self, *columns: ProgressColumn) -> Progress:
+        # In a pipe or a log a transient bar is only an empty line.
+        return Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
 
     @property
     def log(self) -> str:
@@ -91,6 +104,14 @@ class Reporter:
     def _print(self, shown: str, logged: str, *, markup: bool = True) -> None:
         self.console.print(shown, markup=markup, soft_wrap=True)
         self._lines.append(f"{time.monotonic() - self._started:8.2f}s {logged}")
+
+
+def plain_table(*headers: str) -> Table:
+    """A borderless table whose cells are never cut or wrapped."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for header in headers:
+        table.add_column(header, no_wrap=True)
+    return table
 
 
 def human_bytes(count: int) -> str:

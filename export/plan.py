@@ -35,7 +35,7 @@ from bundle.manifest import (
 )
 from export.action_spec import action_spec
 from export.config import BuildConfig, code_sha256
-from export.console import human_bytes
+from export.console import human_bytes, plain_table
 from export.stages import StageDims
 from export.to_onnx import round_up, stage_dims
 from export.weights import STAGES, MergedWeights, stage_bytes, stage_sha256
@@ -164,11 +164,11 @@ def make_plan(config: BuildConfig, loaded: LoadedPolicy, advance: Callable[[int]
 
 
 def plan_table(plan: Plan, loaded: LoadedPolicy) -> Table:
-    table = Table("stage", "precision", "weights", "key", "state", box=None, padding=(0, 2, 0, 6), header_style="dim")
+    table = plain_table("stage", "precision", "weights", "key", "state")
     for stage, precision in plan.precisions().items():
         state = "cached" if (stage, precision) in plan.reusable else "build"
         table.add_row(
-            stage, precision, human_bytes(plan.size(stage, precision)), plan.keys[stage, precision][:12], state
+            stage, precision, human_bytes(plan.size(stage, precision)), plan.keys[stage, precision][:8], state
         )
     table.add_row("embedding", "fp32", human_bytes(loaded.state[EMBEDDING_WEIGHT].nbytes), "", "write")
     return table

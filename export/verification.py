@@ -17,7 +17,7 @@ from bundle.errors import ParityError
 from bundle.manifest import Manifest
 from export import parity
 from export.config import BuildConfig
-from export.console import Reporter
+from export.console import Reporter, plain_table
 from export.plan import Plan
 from runtime.backends.select import open_backend
 from runtime.golden import Golden
@@ -109,7 +109,7 @@ def release(loaded: LoadedPolicy) -> None:
 
 
 def _parity_table(report: parity.ParityReport) -> Table:
-    table = Table("", "cosine", "max error", box=None, padding=(0, 2, 0, 6), header_style="dim")
+    table = plain_table("", "cosine", "max error")
     for name, stage in report.stages.items():
         table.add_row(f"{name} alone", f"{stage.cosine:.7f}", f"{stage.max_error:.1e}")
     table.add_row("feature, streamed", f"{report.feature_cosine:.7f}", f"{report.feature_max_error:.1e}")

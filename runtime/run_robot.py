@@ -121,7 +121,7 @@ def _replay(policy: Policy, config: RunConfig, path: Path, console: Console) -> 
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with episode, Progress(*columns, console=console, transient=True) as progress:
+    with episode, Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("replay", total=len(episode))
         outcome = replay(policy, episode, instruction=config.instruction, advance=lambda: progress.advance(task))
     console.print(

@@ -127,7 +127,7 @@ def load(
     _check_finite(path, state)
     assigned = {expected[name][0]: tensor for name, tensor in state.items()}
     policy.load_state_dict(assigned, strict=True, assign=True)
-    _materialize_tables(policy)
+    materialize_tables(policy.backbone)
     policy.requires_grad_(False).eval()
     return LoadedPolicy(policy, raw, located, settings, state, keys.ignored, from_base, base_sha256)
 
@@ -434,11 +434,12 @@ def _check_finite(path: Path, state: Mapping[str, Tensor]) -> None:
         )
 
 
-def _materialize_tables(policy: KosmosPolicy) -> None:
-    """Recompute what Hugging Face keeps in non-persistent buffers, which the meta device left empty."""
-    vision = policy.backbone.vision_model.model.embeddings
+def materialize_tables(kosmos: torch.nn.Module) -> None:
+    """Recompute what Hugging Face keeps in non-persistent buffers, which building on the meta device leaves empty."""
+    model: Any = kosmos
+    vision = model.vision_model.model.embeddings
     vision.position_ids = torch.arange(vision.num_positions).expand((1, -1))
-    positions = policy.backbone.text_model.model.embed_positions
+    positions = model.text_model.model.embed_positions
     del positions.weights
     positions.make_weights(positions.num_positions + positions.offset, positions.embedding_dim, positions.padding_idx)
 

@@ -1,0 +1,54 @@
+"""The baseline that the runtime is compared with: Hugging Face's whole Kosmos-2, eager, fp32, as a lab would run it.
+
+The only module of bench/ that imports torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers.models.kosmos2.modeling_kosmos2 import Kosmos2ForConditionalGeneration
+
+from bundle.manifest import Packing
+from export.weights import MergedWeights
+from runtime.golden import Golden
+from train.checkpoint import load, materialize_tables
+from train.policy import normalize_frames
+
+
+def eager_step(checkpoint: Path, packing: Packing | Literal["auto"], golden: Golden) -> Callable[[], object]:
+    """A function that runs one frame and the golden prompt through the model: adapters merged, LM head included, all slots."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    loaded = load(checkpoint, packing=packing)
+    lora = loaded.policy.spec.lora
+    weights = MergedWeights(loaded.state, lora.scaling if lora else 0.0)
+    with torch.device("meta"):
+        model = Kosmos2ForConditionalGeneration._from_config(loaded.base.kosmos, attn_implementation="eager")
+    state = {}
+    for name in model.state_dict():
+        module, _, kind = f"backbone.{name}".rpartition(".")
+        if name == "text_model.lm_head.weight":
+            module = "backbone.text_model.model.embed_tokens"
+        state[name] = weights.weight(module) if kind == "weight" else weights.tensor(f"{module}.{kind}")
+    model.load_state_dict(state, assign=True)
+    materialize_tables(model)
+    model.eval()
+    ids = torch.from_numpy(golden.token_ids)[None]
+    images = loaded.base.kosmos.latent_query_num
+    # <s>, image, text, one slot for the action token (any embedding: only its cost matters), </s>
+    row = torch.cat(
+        [ids[:, :1], torch.zeros(1, images, dtype=ids.dtype), ids[:, 1:-1], ids[:, -1:], ids[:, -1:]], dim=1
+    )
+    shown = torch.zeros_like(row)
+    shown[:, 1 : images + 1] = 1
+    pixels = normalize_frames(golden.frames)
+
+    @torch.inference_mode()
+    def run() -> object:
+        return model(pixel_values=pixels, input_ids=row, image_embeds_position_mask=shown, use_cache=False)
+
+    return run
