@@ -7,7 +7,7 @@ from hypothesis import settings
 os.environ.pop("FORCE_COLOR", None)
 os.environ["NO_COLOR"] = "1"  # messages are compared as plain text
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network is a broken test
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # the models are tiny; more threads only fight each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny; more threads only fight each other
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # Example timings on a shared machine say nothing about the code.

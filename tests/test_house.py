@@ -174,14 +174,17 @@ def test_no_text_names_a_developers_home() -> None:
 
 
 @pytest.mark.parametrize("script", scripts(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_script_is_executable_bash(script: Path) -> None:
+def test_script_is_executable_and_parses(script: Path) -> None:
     first_line, _, rest = script.read_text(encoding="utf-8").partition("\n")
     if script.name.startswith("_"):  # sourced by the others, never run
         assert not os.access(script, os.X_OK)
     else:
-        assert first_line == "#!/usr/bin/env bash"
-        assert "\nset -euo pipefail\n" in rest
         assert os.access(script, os.X_OK)
+    if first_line == "#!/usr/bin/env python3":
+        compile(script.read_text(encoding="utf-8"), script.name, "exec")
+        return
+    assert script.name.startswith("_") or first_line == "#!/usr/bin/env bash"
+    assert script.name.startswith("_") or "\nset -euo pipefail\n" in rest
 
     syntax = subprocess.run(["bash", "-n", script], capture_output=True, text=True, check=False)
 

@@ -1,57 +1,29 @@
-"""Reading checkpoints safely, completely, and without copying them.
+"""From a checkpoint to the reference policy, strictly and without copying the weights.
 
 Every key is used or reported; a missing, unknown or misshapen one is an error that lists it, because `strict=False` is how labs have
-deployed policies on wrong weights. Pickles are read with torch's weights-only unpickler and memory-mapped: an 8 GB file costs
-address space, not memory. jetvla's own small format is safetensors: adapter, head and action token, with the hash of their base.
+deployed policies on wrong weights. How files are read safely is in train/checkpoint_file.py.
 """
 
 from __future__ import annotations
 
-import json
-import pathlib
-import pickle
-import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+from transformers import Kosmos2Config
 
-from bundle.atomic import disk_errors
 from bundle.errors import BaseWeightsError, CheckpointError, ConfigError
 from bundle.manifest import Packing
 from train.base import Base, base_weights, find_base, tensors_sha256
+from train.checkpoint_file import RawCheckpoint, read_raw, write_small
 from train.config import PolicySpec, policy_spec, read_json
 from train.keys import KeyMap, lora_modules, map_keys
 from train.policy import Conventions, KosmosPolicy
 
-SMALL_FORMAT = "jetvla-policy/1"
 _LISTED = 12
-# Data that Lightning and labs put beside weights; constructing them runs no code of the file's choosing.
-_HARMLESS: list[Any] = [pathlib.PosixPath, pathlib.PurePosixPath]
-
-
-@dataclass(frozen=True)
-class RawCheckpoint:
-    """What a file holds, before names are interpreted.
-
-    Attributes:
-        path: the file.
-        kind: `lightning`, `torch` or `jetvla`.
-        state: raw key -> tensor, memory-mapped where the format allows.
-        config: the training config found inside, or None.
-        recorded: facts that only jetvla's own format records (base_sha256, packing, x_attn_causal).
-    """
-
-    path: Path
-    kind: Literal["lightning", "torch", "jetvla"]
-    state: dict[str, Tensor]
-    config: dict[str, Any] | None
-    recorded: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -118,8 +90,7 @@ def load(
     adapted = _check_adapters(path, spec, keys, state)
     conventions = decide_conventions(raw, spec, packing=packing, x_attn_causal=x_attn_causal)
 
-    with torch.device("meta"):
-        policy = KosmosPolicy(spec, located.kosmos, conventions, adapted)
+    policy = _empty_policy(spec, located.kosmos, conventions, adapted)
     expected = map_keys(policy.state_dict()).names
     from_base, base_sha256 = _fill_from_base(raw, located, state, expected)
     _check_names(path, state, policy, expected)
@@ -129,49 +100,8 @@ def load(
     policy.load_state_dict(assigned, strict=True, assign=True)
     materialize_tables(policy.backbone)
     policy.requires_grad_(False).eval()
-    return LoadedPolicy(policy, raw, located, settings, state, keys.ignored, from_base, base_sha256)
-
-
-def read_raw(path: Path) -> RawCheckpoint:
-    """Read a file's tensors and config without running any code in it.
-
-    Raises:
-        CheckpointError: missing, truncated, a directory, not a checkpoint, or a pickle that wants to run code.
-    """
-    if path.is_dir():
-        raise CheckpointError(
-            f"{path} is a directory",
-            expected="one file",
-            hint="a DeepSpeed checkpoint is merged by its own zero_to_fp32.py: python zero_to_fp32.py DIR policy.pt",
-        )
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist", expected="a checkpoint file", hint="correct the path.")
-    if path.suffix == ".safetensors":
-        return _read_small(path)
-    content = _unpickle(path)
-    for key in ("state_dict", "model_state_dict"):
-        state = content.get(key) if isinstance(content, dict) else None
-        if isinstance(state, dict):
-            break
-    else:
-        found = sorted(map(str, content))[:_LISTED] if isinstance(content, dict) else type(content).__name__
-        raise CheckpointError(
-            f"{path} holds no policy",
-            got=found,
-            expected="`state_dict` or `model_state_dict`",
-            hint="pass the training checkpoint.",
-        )
-    tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise CheckpointError(
-            f"{path} holds an empty state_dict", got=0, expected="weights", hint="the run saved nothing."
-        )
-    hyper = content.get("hyper_parameters")
-    config = hyper.get("configs") if isinstance(hyper, dict) else None
-    lightning = "pytorch-lightning_version" in content
-    return RawCheckpoint(
-        path, "lightning" if lightning else "torch", tensors, config if isinstance(config, dict) else None
-    )
+    ignored = keys.ignored + raw.not_tensors
+    return LoadedPolicy(policy, raw, located, settings, state, ignored, from_base, base_sha256)
 
 
 def decide_conventions(
@@ -227,81 +157,17 @@ def save_small(loaded: LoadedPolicy, path: Path) -> None:
         )
     origin = base_weights(loaded.base.folder)
     own = {
-        name: tensor.contiguous()
+        name: tensor
         for name, tensor in loaded.state.items()
         if name not in origin or not torch.equal(origin[name].float(), tensor)
     }
     conventions = loaded.policy.conventions
-    metadata = {
-        "format": SMALL_FORMAT,
-        "config": json.dumps(loaded.config),
+    recorded = {
         "base_sha256": tensors_sha256(origin),
         "packing": conventions.packing,
         "x_attn_causal": "true" if conventions.x_attn_causal else "false",
     }
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with disk_errors(path):
-            save_file(own, temporary, metadata)
-            temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _read_small(path: Path) -> RawCheckpoint:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged", got=error, hint="copy the file again.") from None
-    if metadata.get("format") != SMALL_FORMAT:
-        raise CheckpointError(
-            f"{path} is not a jetvla policy",
-            got=metadata.get("format", "no format"),
-            expected=SMALL_FORMAT,
-            hint="pass the training checkpoint, or a file that jetvla saved.",
-        )
-    recorded = {key: metadata[key] for key in ("base_sha256", "packing", "x_attn_causal") if key in metadata}
-    return RawCheckpoint(path, "jetvla", state, json.loads(metadata["config"]), recorded)
-
-
-def _unpickle(path: Path) -> Any:
-    zipped = zipfile.is_zipfile(path)
-    try:
-        with torch.serialization.safe_globals(_HARMLESS):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
-        text = str(error)
-        unsafe = "Unsupported global" in text or "Unsupported class" in text or "WeightsUnpickler" in text
-        if unsafe:
-            raise CheckpointError(
-                f"{path} wants to run code",
-                got=text.strip().splitlines()[0].removeprefix("Weights only load failed. "),
-                expected="tensors and plain data",
-                hint="jetvla never unpickles code; re-save the state_dict with torch.save({'state_dict': model.state_dict()}, ...).",
-            ) from None
-        raise _not_a_checkpoint(path, text) from None
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        UnicodeDecodeError,
-    ) as error:
-        raise _not_a_checkpoint(path, error) from None
-
-
-def _not_a_checkpoint(path: Path, error: object) -> CheckpointError:
-    return CheckpointError(
-        f"{path} is truncated or not a checkpoint",
-        got=f"{path.stat().st_size} bytes; {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}",
-        expected="a complete file written by torch.save or Lightning",
-        hint="copy it again and compare sizes; a disk that filled up during training leaves such files.",
-    )
+    write_small(path, own, loaded.config, recorded)
 
 
 def _find_config(raw: RawCheckpoint, explicit: Path | None) -> dict[str, Any]:
@@ -367,6 +233,22 @@ def _check_adapters(path: Path, spec: PolicySpec, keys: KeyMap, state: Mapping[s
     return adapted
 
 
+def _empty_policy(
+    spec: PolicySpec, kosmos: Kosmos2Config, conventions: Conventions, adapted: tuple[str, ...]
+) -> KosmosPolicy:
+    """The policy on the meta device, which holds shapes and no data."""
+    try:
+        with torch.device("meta"):
+            return KosmosPolicy(spec, kosmos, conventions, adapted)
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        raise ConfigError(
+            "no policy can be built from this config and base",
+            got=error,
+            expected="dimensions that fit each other, and adapters on Linears",
+            hint="a wrong --base or --config is the usual cause.",
+        ) from None
+
+
 def _fill_from_base(
     raw: RawCheckpoint, located: Base, state: dict[str, Tensor], expected: Mapping[str, object]
 ) -> tuple[tuple[str, ...], str | None]:
@@ -413,6 +295,8 @@ def _check_names(
     ]
     if wrong:
         problems.append(f"misshapen {_some(wrong)}")
+    if odd := sorted(f"{name} {tensor.dtype}" for name, tensor in state.items() if not tensor.is_floating_point()):
+        problems.append(f"not floating point {_some(odd)}")
     if problems:
         raise CheckpointError(
             f"the weights of {path.name} do not fit its config and base",

@@ -7,6 +7,7 @@ network computes, and what the numbers it gives mean. Knows nothing about weight
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,39 +113,52 @@ def policy_spec(config: dict[str, Any]) -> PolicySpec:
             hint="only LSTM heads are built; FCDecoder, GPTDecoder and diffusion heads are not.",
         )
     kind = HEADS[head_type]
-    outputs = (
-        int(act.get("num_classes", 6)) if kind == "classes" else _get(act, "action_dim", int, "act_head.action_dim")
-    )
+    classes = kind == "classes"
     head = HeadSpec(
         kind=kind,
-        outputs=outputs,
-        hidden=int(act.get("hidden_size", 1024)),
-        layers=int(act.get("num_layers", 4)),
-        latent=int(act.get("latent", 1)),
+        outputs=_size(act, "num_classes", "act_head.", 6) if classes else _size(act, "action_dim", "act_head."),
+        hidden=_size(act, "hidden_size", "act_head.", 1024),
+        layers=_size(act, "num_layers", "act_head.", 4),
+        latent=_size(act, "latent", "act_head.", 1),
         pooling=act.get("down_sample", "none") == "pooling",
     )
+    if kind == "actions_gripper" and head.outputs < 2:
+        raise ConfigError(
+            "act_head.action_dim leaves no arm action",
+            got=head.outputs,
+            expected="at least 2: arm columns and the gripper",
+            hint="velocity policies of the fork have act_head.type MobileVLALSTMDecoder.",
+        )
     setup = _section(config, "train_setup")
     lora = None
     if setup.get("lora_enable", False):
         lora = LoraSpec(
-            r=_get(setup, "lora_r", int, "train_setup.lora_r"),
-            alpha=float(_get(setup, "lora_alpha", (int, float), "train_setup.lora_alpha")),
+            r=_size(setup, "lora_r", "train_setup."),
+            alpha=_number(setup, "lora_alpha", "train_setup."),
         )
-    vlm = config.get("vlm") if isinstance(config.get("vlm"), dict) else {}
-    assert isinstance(vlm, dict)
+    vlm = config.get("vlm")
+    base_path = vlm.get("pretrained_model_name_or_path") if isinstance(vlm, dict) else None
+    minimum, maximum = _number(config, "norm_min", default=-1.0), _number(config, "norm_max", default=1.0)
+    if not minimum < maximum:
+        raise ConfigError(
+            "the config's action range is empty",
+            got=f"norm_min {minimum}, norm_max {maximum}",
+            expected="norm_min < norm_max",
+            hint="pass the config that the run was trained with: --config CONFIG.json",
+        )
     return PolicySpec(
         head=head,
         lora=lora,
-        window=_get(config, "window_size", int, "window_size"),
-        chunk=_get(config, "fwd_pred_next_n", int, "fwd_pred_next_n"),
-        image_size=int(config.get("image_size", 224)),
+        window=_size(config, "window_size"),
+        chunk=_size(config, "fwd_pred_next_n"),
+        image_size=_size(config, "image_size", default=224),
         hand_camera=bool(config.get("use_hand_rgb", False)),
         normalized=bool(config.get("norm_action", False)),
-        minimum=float(config.get("norm_min", -1.0)),
-        maximum=float(config.get("norm_max", 1.0)),
-        mu=float(config.get("mu_val", _MU_DEFAULT)) if config.get("use_mu_law", False) else None,
+        minimum=minimum,
+        maximum=maximum,
+        mu=_number(config, "mu_val", default=_MU_DEFAULT) if config.get("use_mu_law", False) else None,
         fork=head_type.startswith("MobileVLA") or str(config.get("trainer_type", "")).startswith("MobileVLA"),
-        base_path=vlm.get("pretrained_model_name_or_path"),
+        base_path=base_path if isinstance(base_path, str) else None,
         prompt_template=_PROMPT_TEMPLATE,
     )
 
@@ -213,14 +227,33 @@ def _section(config: dict[str, Any], key: str) -> dict[str, Any]:
     return value
 
 
-def _get(section: dict[str, Any], key: str, kind: Any, path: str) -> Any:
-    value = section.get(key)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        wanted = " or ".join(k.__name__ for k in kind) if isinstance(kind, tuple) else kind.__name__
-        raise ConfigError(
-            f"the training config lacks a usable `{path}`",
-            got=repr(value),
-            expected=wanted,
-            hint="pass the config that the run was trained with: --config CONFIG.json",
-        )
+def _size(section: dict[str, Any], key: str, prefix: str = "", default: int | None = None) -> int:
+    """A whole number of at least 1."""
+    value = section.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise _unusable(prefix + key, value, "a whole number, at least 1")
     return value
+
+
+def _number(section: dict[str, Any], key: str, prefix: str = "", default: float | None = None) -> float:
+    """A finite number."""
+    value = section.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise _unusable(prefix + key, value, "a finite number")
+    return float(value)
+
+
+def _get(section: dict[str, Any], key: str, kind: type, path: str) -> Any:
+    value = section.get(key)
+    if not isinstance(value, kind):
+        raise _unusable(path, value, kind.__name__)
+    return value
+
+
+def _unusable(path: str, value: object, expected: str) -> ConfigError:
+    return ConfigError(
+        f"the training config lacks a usable `{path}`",
+        got=repr(value),
+        expected=expected,
+        hint="pass the config that the run was trained with: --config CONFIG.json",
+    )

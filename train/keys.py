@@ -74,6 +74,7 @@ def map_keys(raw_keys: Iterable[str]) -> KeyMap:
 
 
 def lora_modules(names: Iterable[str]) -> tuple[str, ...]:
-    """Paths (below `backbone.`) of the modules that have adapters, sorted."""
-    suffix = ".lora_A.weight"
-    return tuple(sorted(name.removeprefix("backbone.").removesuffix(suffix) for name in names if name.endswith(suffix)))
+    """Paths below `backbone.` of the modules that have adapters, sorted; adapters elsewhere are not ours to apply."""
+    root, suffix = "backbone.", ".lora_A.weight"
+    ours = (name for name in names if name.startswith(root) and name.endswith(suffix))
+    return tuple(sorted(name.removeprefix(root).removesuffix(suffix) for name in ours))

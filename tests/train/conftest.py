@@ -1,0 +1,55 @@
+"""Synthetic checkpoints, made once for all tests that read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.checkpoints import Variant, rewrite
+from train.synthetic import SyntheticFiles, SyntheticOptions, make_checkpoint
+
+MakeSynthetic = Callable[[SyntheticOptions], SyntheticFiles]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads that wait for each other on a busy machine make tests of tiny models ten times slower, not faster."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def synthetic(tmp_path_factory: pytest.TempPathFactory) -> MakeSynthetic:
+    """Options to files; equal options give the same files, so tests must not change them."""
+    made: dict[SyntheticOptions, SyntheticFiles] = {}
+
+    def make(options: SyntheticOptions) -> SyntheticFiles:
+        if options not in made:
+            made[options] = make_checkpoint(tmp_path_factory.mktemp(options.head), options)
+        return made[options]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def upstream(synthetic: MakeSynthetic) -> SyntheticFiles:
+    """Upstream's LoRA policy with six arm actions and a gripper."""
+    return synthetic(SyntheticOptions())
+
+
+@pytest.fixture(scope="session")
+def fork(synthetic: MakeSynthetic) -> SyntheticFiles:
+    """The 2-DoF fork's LoRA policy with two velocities."""
+    return synthetic(SyntheticOptions(layout="fork", head="velocities"))
+
+
+@pytest.fixture
+def variant(upstream: SyntheticFiles, tmp_path: Path) -> Variant:
+    """Edits to upstream's checkpoint, to a file of its own beside the base."""
+    (tmp_path / "base").symlink_to(upstream.base)
+    return lambda edit: rewrite(upstream.checkpoint, tmp_path / "variant.ckpt", edit)

@@ -1,0 +1,188 @@
+"""The sizes of synthetic policies, and the keys of a lab's checkpoint in their order.
+
+Follows RoboVLMs (8adc1d2) and its 2-DoF fork (8d65987) key by key: Lightning's `model.` prefix, the embedding a second
+time as `lm_head`, and with LoRA the whole backbone a second time below `model.model.base_model.model`, sharing its
+storages. Knows shapes, not values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import Kosmos2Config
+from transformers.models.kosmos2.modeling_kosmos2 import Kosmos2ForConditionalGeneration
+
+from bundle.errors import ConfigError
+from bundle.manifest import HeadKind
+from train.action_head import ActionHead
+from train.config import HeadSpec
+
+Size = Literal["tiny", "small", "full"]
+FileLayout = Literal["upstream", "fork"]
+PeftNaming = Literal["new", "old"]
+
+CHUNK = 10
+_LSTM_LAYERS = 4
+_EMBEDDING = "text_model.model.embed_tokens.weight"
+_TIED = "text_model.lm_head"
+_ALIAS = "model.model.base_model.model."
+_HIDDEN: dict[Size, int] = {"tiny": 40, "small": 128, "full": 512}
+_OUTPUTS: dict[HeadKind, int] = {"actions_gripper": 7, "velocities": 2, "classes": 9}
+
+
+@dataclass(frozen=True)
+class SyntheticOptions:
+    """Which checkpoint to make. Layout, peft and base_weights concern the files and leave the policy as it is.
+
+    Attributes:
+        size: `tiny` has 2+3 layers (20 MB), `small` 6+6 layers (140 MB), `full` is the real Kosmos-2 (7 GB).
+        layout: whose trainer wrote it: upstream's, or the 2-DoF fork's.
+        head: `velocities` and `classes` exist in the fork only, and mark a file as the fork's whatever its layout.
+        lora: adapters on every Linear but the language-model head; otherwise a frozen backbone.
+        peft: `new` names adapted weights `base_layer`, `old` (before 0.6) does not.
+        hand_camera: the policy sees a second camera.
+        latent: number of action tokens.
+        pooling: reduce action tokens by max pooling instead of concatenation.
+        action_dim: width of a chunk step, gripper included; for `classes`, how many. By default 7, 2, or 9 classes.
+        hidden_size: of the LSTM; by default 40, 128 and 512.
+        base_weights: write model.safetensors into the base directory.
+        seed: of all random numbers.
+    """
+
+    size: Size = "tiny"
+    layout: FileLayout = "upstream"
+    head: HeadKind = "actions_gripper"
+    lora: bool = True
+    peft: PeftNaming = "new"
+    hand_camera: bool = False
+    latent: int = 1
+    pooling: bool = False
+    action_dim: int | None = None
+    hidden_size: int | None = None
+    base_weights: bool = True
+    seed: int = 0
+
+    @property
+    def outputs(self) -> int:
+        return _OUTPUTS[self.head] if self.action_dim is None else self.action_dim
+
+    @property
+    def hidden(self) -> int:
+        return _HIDDEN[self.size] if self.hidden_size is None else self.hidden_size
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """What a size stands for: Kosmos-2's dimensions, LoRA rank and alpha."""
+
+    kosmos: Kosmos2Config
+    lora_r: int
+    lora_alpha: int
+
+    @property
+    def lora_scaling(self) -> float:
+        return self.lora_alpha / self.lora_r
+
+
+@dataclass(frozen=True)
+class Key:
+    """One entry of a state dict: its key in the file, its canonical name (see train.keys), its shape.
+
+    Keys with the same name are one tensor under several names, and share its storage.
+    """
+
+    raw: str
+    name: str
+    shape: torch.Size
+
+
+def dimensions(size: Size) -> Dimensions:
+    """The numbers behind a size. `tiny` has the widths of the recorded reference cases."""
+    if size == "full":
+        return Dimensions(Kosmos2Config(), lora_r=32, lora_alpha=16)
+    if size == "small":
+        kosmos = _kosmos(text=(512, 6, 8), vision=(256, 6, 4))
+        return Dimensions(kosmos, lora_r=8, lora_alpha=16)
+    return Dimensions(_kosmos(text=(64, 2, 4), vision=(48, 3, 4)), lora_r=4, lora_alpha=8)
+
+
+def state_keys(options: SyntheticOptions) -> list[Key]:
+    """The state dict of a checkpoint, in the file's order. Works on the meta device: `full` costs no memory.
+
+    Raises:
+        ConfigError: a latent or a width of actions that no head can have.
+    """
+    _check(options)
+    sizes = dimensions(options.size)
+    width = sizes.kosmos.text_config.embed_dim
+    head = HeadSpec(options.head, options.outputs, options.hidden, _LSTM_LAYERS, options.latent, options.pooling)
+    with torch.device("meta"):
+        kosmos = Kosmos2ForConditionalGeneration(sizes.kosmos)
+        action_head = ActionHead(head, width=width, chunk=CHUNK).state_dict()
+    backbone = _backbone_keys(kosmos, options.peft, sizes.lora_r if options.lora else None)
+    keys = [Key("model.action_token", "action_token", torch.Size([width]))]
+    keys += [Key(f"model.backbone.{key.raw}", f"backbone.{key.name}", key.shape) for key in backbone]
+    keys += [Key(f"model.act_head.{name}", f"act_head.{name}", tensor.shape) for name, tensor in action_head.items()]
+    if options.lora:
+        keys += [Key(f"{_ALIAS}{key.raw}", f"backbone.{key.name}", key.shape) for key in backbone]
+    return keys
+
+
+def is_trained(name: str) -> bool:
+    """Whether a parameter, by its canonical name, has an optimizer state: the backbone is always frozen."""
+    return not name.startswith("backbone.") or ".lora_" in name
+
+
+def _check(options: SyntheticOptions) -> None:
+    least = 2 if options.head == "actions_gripper" else 1
+    if options.latent < 1 or options.hidden < 1 or options.outputs < least:
+        raise ConfigError(
+            "no policy has these dimensions",
+            got=f"latent {options.latent}, action_dim {options.outputs}, hidden_size {options.hidden}",
+            expected=f"at least 1, {least} for {options.head}, and 1",
+            hint="leave them out to get the usual ones.",
+        )
+
+
+def _backbone_keys(kosmos: nn.Module, peft: PeftNaming, rank: int | None) -> list[Key]:
+    """Keys below `backbone.`; with a rank, every Linear but the tied head is wrapped as peft does it."""
+    linears = {name for name, module in kosmos.named_modules() if isinstance(module, nn.Linear)} - {_TIED}
+    keys = []
+    for name, tensor in kosmos.state_dict().items():
+        module, _, leaf = name.rpartition(".")
+        if module == _TIED:
+            keys.append(Key(name, _EMBEDDING, tensor.shape))
+        elif rank is None or module not in linears:
+            keys.append(Key(name, name, tensor.shape))
+        else:
+            keys.append(Key(f"{module}.base_layer.{leaf}" if peft == "new" else name, name, tensor.shape))
+            if leaf == "bias":
+                outputs, inputs = kosmos.get_parameter(f"{module}.weight").shape
+                for side, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
+                    raw = f"{module}.lora_{side}.default.weight"
+                    keys.append(Key(raw, f"{module}.lora_{side}.weight", torch.Size(shape)))
+    return keys
+
+
+def _kosmos(*, text: tuple[int, int, int], vision: tuple[int, int, int]) -> Kosmos2Config:
+    """Dimensions from (width, layers, heads) of both towers; the rest as in Kosmos-2, with a small vocabulary."""
+    width, layers, heads = text
+    vision_width, vision_layers, vision_heads = vision
+    return Kosmos2Config(
+        text_config={
+            "vocab_size": 1200,
+            "embed_dim": width,
+            "layers": layers,
+            "attention_heads": heads,
+            "ffn_dim": (2 if width < 128 else 4) * width,
+        },
+        vision_config={
+            "hidden_size": vision_width,
+            "num_hidden_layers": vision_layers,
+            "num_attention_heads": vision_heads,
+            "intermediate_size": (2 if width < 128 else 4) * vision_width,
+        },
+    )
