@@ -23,7 +23,7 @@ from export.pipeline import STEPS, BuildConfig, build
 
 def main() -> int:
     """Parse, build, print the bundle's path on stdout."""
-    config = tyro.cli(BuildConfig, description=__doc__)
+    config = tyro.cli(BuildConfig, description=__doc__, args=_spell_out(sys.argv[1:]))
     reporter = Reporter(STEPS)
     try:
         print(build(config, reporter))
@@ -35,6 +35,19 @@ def main() -> int:
         reporter.console.print("interrupted; nothing was written.")
         return 1
     return 0
+
+
+def _spell_out(arguments: list[str]) -> list[str]:
+    """Give --x-attn-causal, which is true, false or not stated, the flag forms that the other switches have."""
+    spelled = []
+    for index, argument in enumerate(arguments):
+        if argument == "--no-x-attn-causal":
+            spelled += ["--x-attn-causal", "False"]
+        elif argument == "--x-attn-causal" and arguments[index + 1 : index + 2] not in (["True"], ["False"], ["None"]):
+            spelled += ["--x-attn-causal", "True"]
+        else:
+            spelled.append(argument)
+    return spelled
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from bundle.manifest import File, Precision, Stage
 from export import verification
 from export.config import BUILD_REPORT, BuildConfig, BuildReport, Input, request_sha256
 from export.console import Reporter, human_bytes
+from export.conventions import infer_conventions, provisional_packing
 from export.plan import EMBEDDING_WEIGHT, Plan, check_space, make_plan, merged_weights, plan_table, stage_files
 from export.to_onnx import export_stage
 from export.verification import PARITY_REPORT, pretty_json
@@ -90,7 +91,7 @@ def run(config: BuildConfig, reporter: Reporter) -> None:
                     },
                 )
                 (staging / BUILD_REPORT).write_bytes(pretty_json(build_report))
-                files = _record_files(staging, files)
+                files = _record_files(staging, plan.known_files | files)
                 manifest = msgspec.structs.replace(manifest, files=files, parity=report.summary())
                 manifest.save(staging)
                 size = sum(record.bytes for record in files.values())
@@ -106,9 +107,11 @@ def _read_and_plan(config: BuildConfig, reporter: Reporter) -> tuple[LoadedPolic
             config.checkpoint,
             base=config.base,
             config=config.config,
-            packing=config.packing,
+            packing=provisional_packing(config),
             x_attn_causal=config.x_attn_causal,
         )
+        if config.infer_from is not None:
+            infer_conventions(config, loaded, reporter)
         conventions = loaded.policy.conventions
         parameters = sum(tensor.numel() for name, tensor in loaded.state.items() if ".lora_" not in name)
         reporter.result(
@@ -145,7 +148,7 @@ def _warn_untrained(loaded: LoadedPolicy, reporter: Reporter) -> None:
 def _inputs(config: BuildConfig, loaded: LoadedPolicy) -> tuple[Input, ...]:
     """Files whose change makes the bundle out of date."""
     folder = loaded.base.folder
-    paths = [config.checkpoint, config.config, config.tokenizer, config.verify_episode]
+    paths = [config.checkpoint, config.config, config.tokenizer, config.infer_from, config.verify_episode]
     if folder is not None:
         paths += [folder / "config.json", folder / TOKENIZER_NAME]
         paths += sorted(folder.glob("model*.safetensors")) if loaded.from_base else []
@@ -204,12 +207,13 @@ def _write_embedding(staging: Path, loaded: LoadedPolicy) -> None:
     """
     table = loaded.state[EMBEDDING_WEIGHT]
     shape = (table.shape[0] + 1, table.shape[1])
-    out = np.lib.format.open_memmap(staging / EMBEDDING_NAME, mode="w+", dtype=np.float32, shape=shape)
-    for start in range(0, table.shape[0], 4096):
-        rows = table[start : start + 4096]
-        out[start : start + len(rows)] = rows.numpy()
-    out[-1] = loaded.state["action_token"].numpy()
-    out.flush()
+    # Written, not memory-mapped: on a full disk a mapped page is a SIGBUS instead of an error.
+    with (staging / EMBEDDING_NAME).open("wb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for start in range(0, table.shape[0], 4096):
+            file.write(table[start : start + 4096].contiguous().numpy().data)
+        file.write(loaded.state["action_token"].contiguous().numpy().data)
 
 
 def _record_files(staging: Path, known: dict[str, File]) -> dict[str, File]:

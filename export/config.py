@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 import tyro
@@ -35,6 +35,7 @@ class BuildConfig:
         base: Kosmos-2 directory (config.json, tokenizer.json, weights if the checkpoint lacks them).
         config: RoboVLMs training JSON; by default the one in the checkpoint, else beside it.
         packing: how training laid out a row; must be stated for policies of the 2-DoF fork.
+        infer_from: H5 episode of the training set: find packing and x_attn_causal, where not stated, by which of them predicts it.
         x_attn_causal: the resampler was trained causal (transformers 4.52 to 5.0, sdpa).
         instruction: tokenised into the manifest; also decides the sequence buckets. Repeatable.
         max_prompt_tokens: longest prompt that any later instruction may have, special tokens included.
@@ -53,7 +54,7 @@ class BuildConfig:
         dry_run: print the plan and stop.
     """
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")]
     out: Path | None = None
     precision: Precision = "fp32"
     promote: bool = True
@@ -61,6 +62,7 @@ class BuildConfig:
     config: Path | None = None
     packing: Packing | Literal["auto"] = "auto"
     x_attn_causal: bool | None = None
+    infer_from: Path | None = None
     instruction: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     max_prompt_tokens: int = 64
     pad_prompt_to: int | None = None
@@ -79,10 +81,14 @@ class BuildConfig:
 
     def __post_init__(self) -> None:
         # Scripts pass plain strings; the annotations promise paths.
-        for name in ("checkpoint", "out", "base", "config", "tokenizer", "verify_episode"):
+        for name in ("checkpoint", "out", "base", "config", "tokenizer", "infer_from", "verify_episode"):
             value = getattr(self, name)
             if isinstance(value, str):
                 object.__setattr__(self, name, Path(value))
+        for name, kind in (("precision", Precision), ("packing", Packing | Literal["auto"])):
+            value, known = getattr(self, name), _choices(kind)
+            if value not in known:
+                raise ConfigError(f"unknown {name}", got=repr(value), expected=", ".join(known), hint=f"see --{name}.")
         object.__setattr__(self, "instruction", tuple(text.strip() for text in self.instruction))
         if "" in self.instruction:
             raise ConfigError(
@@ -100,6 +106,11 @@ class BuildConfig:
     def target(self) -> Path:
         """Where the bundle goes."""
         return self.out if self.out is not None else Path(f"{self.checkpoint.stem}.bundle")
+
+
+def _choices(kind: Any) -> tuple[str, ...]:
+    """The strings of a Literal, or of a union of Literals."""
+    return tuple(leaf for part in get_args(kind) for leaf in (get_args(part) or (part,)))
 
 
 class Input(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 from rich.table import Table
 
-from bundle.errors import BundleError, ConfigError, PromptError, StorageError
+from bundle.errors import BundleError, ConfigError, StorageError
 from bundle.hashing import sha256_file
 from bundle.manifest import (
     SCHEMA,
@@ -40,8 +40,9 @@ from export.stages import StageDims
 from export.to_onnx import round_up, stage_dims
 from export.weights import STAGES, MergedWeights, stage_bytes, stage_sha256
 from runtime.prompt import layout, pad_tokens
-from runtime.tokenizer import TOKENIZER_NAME, token_ids_of
+from runtime.tokenizer import TOKENIZER_NAME, tokenize
 from train.checkpoint import LoadedPolicy
+from train.config import PolicySpec
 from train.policy import CLIP_MEAN, CLIP_STD
 
 EMBEDDING_WEIGHT = "backbone.text_model.model.embed_tokens.weight"
@@ -65,6 +66,7 @@ class Plan:
         keys: content key per stage and precision.
         sizes: fp32 bytes per stage.
         reusable: stages of the present bundle with a key of this plan, by stage and precision.
+        known_files: integrity records of the reusable stages' files, just checked.
         episodes: token ids of the verification prompts.
     """
 
@@ -73,6 +75,7 @@ class Plan:
     keys: dict[tuple[str, Precision], str]
     sizes: dict[str, int]
     reusable: dict[tuple[str, Precision], Stage]
+    known_files: dict[str, File]
     episodes: tuple[tuple[int, ...], ...]
     tokenizer: Path | None
 
@@ -95,8 +98,8 @@ class Plan:
 def make_plan(config: BuildConfig, loaded: LoadedPolicy, advance: Callable[[int], None]) -> Plan:
     """Plan the build of a loaded checkpoint; hashes its weights and its file, `advance` gets the bytes done."""
     policy = loaded.policy
-    mean, std = (CLIP_MEAN, CLIP_STD) if config.pixel_norm == "clip" else _NO_NORM
-    dims = stage_dims(policy, loaded.base, mean=mean, std=std)
+    preprocessing = preprocessing_of(config, policy.spec)
+    dims = stage_dims(policy, loaded.base, mean=preprocessing.mean, std=preprocessing.std)
     if policy.spec.image_size != dims.image_size:
         raise ConfigError(
             "config and base disagree about the image size",
@@ -106,7 +109,7 @@ def make_plan(config: BuildConfig, loaded: LoadedPolicy, advance: Callable[[int]
         )
     weights = merged_weights(loaded)
     hashes = {stage: stage_sha256(weights, stage, advance) for stage in STAGES}
-    tokenizer = config.tokenizer or loaded.base.tokenizer
+    tokenizer = tokenizer_of(config, loaded)
     prompt, episodes = _prompt(config, loaded, dims, tokenizer)
     keys = {
         (stage, precision): _stage_key(stage, precision, hashes[stage], dims, prompt.buckets)
@@ -146,21 +149,46 @@ def make_plan(config: BuildConfig, loaded: LoadedPolicy, advance: Callable[[int]
         x_attn_causal=policy.conventions.x_attn_causal,
         x_attn_causal_source=policy.conventions.x_attn_causal_source,
         prompt=prompt,
-        preprocessing=Preprocessing(
-            color="RGB",
-            resize=config.resize,
-            mean=mean,
-            std=std,
-            cameras=("hand", "static") if policy.spec.hand_camera else ("static",),
-        ),
+        preprocessing=preprocessing,
         action=action_spec(policy.spec, config),
         stages={},
         files={},
         parity=_NOT_VERIFIED,
     )
     sizes = {stage: stage_bytes(loaded.state, stage) for stage in STAGES}
-    reusable = {} if config.force else _reusable(config.target, keys)
-    return Plan(manifest, dims, keys, sizes, reusable, episodes, tokenizer)
+    reusable, known_files = ({}, {}) if config.force else _reusable(config.target, keys)
+    return Plan(manifest, dims, keys, sizes, reusable, known_files, episodes, tokenizer)
+
+
+def preprocessing_of(config: BuildConfig, spec: PolicySpec) -> Preprocessing:
+    """The manifest's preprocessing part."""
+    mean, std = (CLIP_MEAN, CLIP_STD) if config.pixel_norm == "clip" else _NO_NORM
+    cameras = ("hand", "static") if spec.hand_camera else ("static",)
+    return Preprocessing(color="RGB", resize=config.resize, mean=mean, std=std, cameras=cameras)
+
+
+def tokenizer_of(config: BuildConfig, loaded: LoadedPolicy) -> Path | None:
+    """The tokenizer.json to use: the stated one, else the base's, else none.
+
+    Raises:
+        ConfigError: the stated one does not exist.
+    """
+    if config.tokenizer is not None and not config.tokenizer.exists():
+        raise ConfigError(
+            f"{config.tokenizer} does not exist", expected="a tokenizer.json", hint="correct --tokenizer."
+        )
+    return config.tokenizer or loaded.base.tokenizer
+
+
+def tokens_of(instruction: str, config: BuildConfig, loaded: LoadedPolicy) -> tuple[int, ...]:
+    """An instruction's token ids, special tokens included.
+
+    Raises:
+        PromptError: there is no tokenizer.
+    """
+    return tokenize(
+        instruction, loaded.policy.spec.prompt_template, tokenizer_of(config, loaded) or Path(TOKENIZER_NAME)
+    )
 
 
 def plan_table(plan: Plan, loaded: LoadedPolicy) -> Table:
@@ -204,8 +232,27 @@ def _prompt(
 ) -> tuple[Prompt, tuple[tuple[int, ...], ...]]:
     """The manifest's prompt part, and two prompts to verify with."""
     policy, text = loaded.policy, loaded.base.kosmos.text_config
-    if tokenizer is not None and not tokenizer.exists():
-        raise ConfigError(f"{tokenizer} does not exist", expected="a tokenizer.json", hint="correct --tokenizer.")
+    instructions = tuple(
+        Instruction(text=item, token_ids=tokens_of(item, config, loaded)) for item in config.instruction
+    )
+    prompts = [item.token_ids for item in instructions]
+    if not prompts and tokenizer is not None:
+        prompts = [tokens_of(_DEFAULT_INSTRUCTION, config, loaded)]
+    elif not prompts:
+        prompts = [_made_up_tokens(text.vocab_size)]
+    padded = [pad_tokens(item, config.pad_prompt_to, text.pad_token_id) for item in prompts]
+    longest = [0] * (config.max_prompt_tokens - 1) + [text.eos_token_id]
+    lengths = [
+        layout(
+            ids,
+            packing=policy.conventions.packing,
+            image_tokens=dims.image_tokens,
+            latent=dims.head.latent,
+            pad_id=text.pad_token_id,
+        ).length
+        for ids in (*padded, longest)
+    ]
+    buckets = tuple(sorted({round_up(length) for length in lengths}))
     spec = Prompt(
         packing=policy.conventions.packing,
         packing_source=policy.conventions.packing_source,
@@ -214,36 +261,10 @@ def _prompt(
         eos_id=text.eos_token_id,
         pad_to=config.pad_prompt_to,
         embed_scale=dims.embed_scale,
-        buckets=(),
-        instructions=(),
+        buckets=buckets,
+        instructions=instructions,
     )
-
-    def tokens(instruction: str) -> tuple[int, ...]:
-        if tokenizer is None:
-            raise PromptError(
-                f"cannot tokenise {instruction!r}: the base has no {TOKENIZER_NAME}",
-                hint="pass --base DIR or --tokenizer FILE; without one the runtime takes token ids only.",
-            )
-        return token_ids_of(instruction, spec, tokenizer)
-
-    instructions = tuple(Instruction(text=item, token_ids=tokens(item)) for item in config.instruction)
-    prompts = [item.token_ids for item in instructions]
-    if not prompts:
-        prompts = [tokens(_DEFAULT_INSTRUCTION)] if tokenizer is not None else [_made_up_tokens(text.vocab_size)]
-    padded = [pad_tokens(item, config.pad_prompt_to, text.pad_token_id) for item in prompts]
-    longest = [0] * (config.max_prompt_tokens - 1) + [text.eos_token_id]
-    lengths = [
-        layout(
-            ids,
-            packing=spec.packing,
-            image_tokens=dims.image_tokens,
-            latent=dims.head.latent,
-            pad_id=text.pad_token_id,
-        ).length
-        for ids in (*padded, longest)
-    ]
-    buckets = tuple(sorted({round_up(length) for length in lengths}))
-    return msgspec.structs.replace(spec, buckets=buckets, instructions=instructions), (padded[0], padded[-1])
+    return spec, (padded[0], padded[-1])
 
 
 def _made_up_tokens(vocab: int) -> tuple[int, ...]:
@@ -265,20 +286,25 @@ def _stage_key(stage: str, precision: Precision, weights: str, dims: StageDims, 
     return hashlib.sha256(msgspec.json.encode(parts, order="sorted")).hexdigest()
 
 
-def _reusable(target: Path, keys: dict[tuple[str, Precision], str]) -> dict[tuple[str, Precision], Stage]:
-    """Stages of the bundle in `target` with these keys and intact files."""
+def _reusable(
+    target: Path, keys: dict[tuple[str, Precision], str]
+) -> tuple[dict[tuple[str, Precision], Stage], dict[str, File]]:
+    """Stages of the bundle in `target` with these keys and intact files, and the records of those files."""
     try:
         old = Manifest.load(target)
     except BundleError:
-        return {}
-    found = {}
+        return {}, {}
+    found: dict[tuple[str, Precision], Stage] = {}
+    records: dict[str, File] = {}
     for (stage, precision), key in keys.items():
         entry = old.stages.get(stage)
         if entry is None or entry.key != key:
             continue
-        if all(_is_intact(target / name, old.files.get(name)) for name in stage_files(entry)):
+        names = stage_files(entry)
+        if all(_is_intact(target / name, old.files.get(name)) for name in names):
             found[stage, precision] = entry
-    return found
+            records |= {name: old.files[name] for name in names}
+    return found, records
 
 
 def _is_intact(path: Path, record: File | None) -> bool:

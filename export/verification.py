@@ -22,7 +22,7 @@ from export.plan import Plan
 from runtime.backends.select import open_backend
 from runtime.golden import Golden
 from runtime.policy import Policy
-from runtime.replay import resized_frames
+from runtime.replay import read_resized
 from train.checkpoint import LoadedPolicy
 from train.policy import ReferenceStep
 
@@ -34,7 +34,8 @@ def verification_episodes(config: BuildConfig, plan: Plan) -> list[parity.Episod
     window = plan.dims.window
     counts = (config.verify_frames or window + 4, config.verify_frames or window + 2)
     if config.verify_episode is not None:
-        frames = [resized_frames(config.verify_episode, plan.manifest, count) for count in counts]
+        recorded = read_resized(config.verify_episode, plan.manifest.preprocessing, plan.dims.image_size).frames
+        frames = [np.resize(recorded, (count, *recorded.shape[1:])) for count in counts]  # repeats a short episode
     else:
         size, cameras = plan.dims.image_size, plan.dims.cameras
         frames = [parity.random_frames(count, cameras, size, seed=seed) for seed, count in enumerate(counts)]

@@ -106,7 +106,7 @@ def layout(
         image = np.concatenate([[ABSENT], images, np.full(length - 2, ABSENT), action])
         keep = np.concatenate([visible[:1], np.ones(image_tokens, bool), visible[1:-1], np.ones(latent, bool)])
         position = np.arange(len(token), dtype=np.int64)
-    else:
+    else:  # fork_overwrite
         behind = max(length, image_tokens)
         token = np.concatenate([np.full(image_tokens, ABSENT), ids[image_tokens:], action])
         image = np.concatenate([images, np.full(behind - image_tokens, ABSENT), action])

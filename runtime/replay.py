@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundle.errors import EpisodeError
-from bundle.manifest import Manifest
+from bundle.manifest import Preprocessing
 from episodes.reader import Episode, open_episode
 from runtime.policy import Policy
 from runtime.preprocess import resize
@@ -120,14 +120,31 @@ def replay(
     )
 
 
-def resized_frames(path: Path, manifest: Manifest, count: int) -> NDArray[np.uint8]:
-    """The first `count` frames of an episode (cyclic), resized as `Policy.step` does: uint8 [count, cameras, s, s, 3].
+@dataclass(frozen=True)
+class ResizedEpisode:
+    """An episode as the policy sees it.
 
-    Every camera gets the same picture, which is enough to compare engines.
+    Attributes:
+        frames: uint8 [T, cameras, s, s, 3], resized as `Policy.step` does; every camera gets the same picture.
+        actions: float32 [T, A], as recorded.
+        action_names: names of the A columns.
+        instruction: what the robot was told, or None.
+    """
+
+    frames: NDArray[np.uint8]
+    actions: NDArray[np.float32]
+    action_names: tuple[str, ...]
+    instruction: str | None
+
+
+def read_resized(path: Path, preprocessing: Preprocessing, size: int, *, limit: int | None = None) -> ResizedEpisode:
+    """Read the first `limit` frames of an episode (by default all).
+
+    Raises:
+        EpisodeError: see open_episode.
     """
     with open_episode(path) as episode:
-        pictures = [
-            resize(episode.frame(index % len(episode)), manifest.preprocessing, manifest.dimensions.image_size)
-            for index in range(count)
-        ]
-    return np.repeat(np.array(pictures)[:, None], len(manifest.preprocessing.cameras), axis=1)
+        count = len(episode) if limit is None else min(limit, len(episode))
+        pictures = np.array([resize(episode.frame(index), preprocessing, size) for index in range(count)])
+        frames = np.repeat(pictures[:, None], len(preprocessing.cameras), axis=1)
+        return ResizedEpisode(frames, episode.actions[:count], episode.action_names, episode.instruction)

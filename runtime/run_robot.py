@@ -15,6 +15,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 # Run as a script, only this file's folder is on the path; the packages are beside it.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -45,7 +46,7 @@ class RunConfig:
         json: machine-readable result on stdout.
     """
 
-    bundle: tyro.conf.Positional[Path]
+    bundle: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="BUNDLE")]
     replay: Path | None = None
     check: bool = False
     instruction: str | None = None

@@ -19,26 +19,34 @@ def token_ids_of(instruction: str, prompt: Prompt, tokenizer: Path) -> tuple[int
     Raises:
         PromptError: the text is empty, or unknown and there is no tokenizer.
     """
+    for known in prompt.instructions:
+        if known.text == instruction.strip():
+            return known.token_ids
+    return tokenize(instruction, prompt.template, tokenizer, known=tuple(item.text for item in prompt.instructions))
+
+
+def tokenize(instruction: str, template: str, tokenizer: Path, *, known: tuple[str, ...] = ()) -> tuple[int, ...]:
+    """Token ids of `template` filled with the instruction; `known` texts are suggested where it cannot be done.
+
+    Raises:
+        PromptError: the text is empty, or there is no tokenizer.
+    """
     text = instruction.strip()
     if not text:
         raise PromptError(
-            "the instruction is empty", hint="say what the robot should do, e.g. --instruction 'Navigate to ...'"
+            "the instruction is empty", hint="say what the robot should do, e.g. 'Navigate to the basket'."
         )
-    for known in prompt.instructions:
-        if known.text == text:
-            return known.token_ids
     try:
         from tokenizers import Tokenizer
     except ImportError:
         missing = "the package 'tokenizers' is not installed"
     else:
         if tokenizer.exists():
-            ids: list[int] = Tokenizer.from_file(str(tokenizer)).encode(prompt.template.format(instruction=text)).ids
+            ids: list[int] = Tokenizer.from_file(str(tokenizer)).encode(template.format(instruction=text)).ids
             return tuple(ids)
-        missing = f"the bundle has no {TOKENIZER_NAME}"
+        missing = f"there is no {tokenizer}"
     raise PromptError(
         f"cannot tokenise {text!r}: {missing}",
-        expected=" | ".join(repr(known.text) for known in prompt.instructions)
-        or "a tokenizer, or reset(token_ids=[...])",
-        hint="build with this --instruction, install 'jetvla[text]', or pass token ids.",
+        expected=" | ".join(map(repr, known)) or "a tokenizer, or token ids",
+        hint="build with --base DIR or --tokenizer FILE and this --instruction, install 'jetvla[text]', or pass token ids.",
     )
