@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -46,16 +47,28 @@ def write_bytes(path: Path, data: bytes) -> None:
         StorageError: the disk is full or read-only; an existing file stays as it was.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with disk_errors(path):
+    _remove_leftovers(path)
+    with disk_errors(path):
+        try:
             with temporary.open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
             _sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+        finally:
+            # On a disk that became read-only this fails as well; the first error is the one to tell.
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove temporary files of writers that were killed; those of living processes are theirs."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        owner = leftover.name.removesuffix(".tmp").rpartition(".")[2]
+        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+            with suppress(OSError):
+                leftover.unlink()
 
 
 @contextmanager
@@ -64,8 +77,17 @@ def exclusive(target: Path) -> Iterator[None]:
 
     Raises:
         BundleLockedError: another process holds it.
+        StorageError: the folder of the target cannot be made.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"cannot make the folder of {target}",
+            got=os.strerror(error.errno or 0),
+            expected="a folder that can be written",
+            hint="choose another --out.",
+        ) from None
     lock = FileLock(target.parent / f".{target.name}.lock")
     try:
         lock.acquire(timeout=0)
@@ -94,8 +116,9 @@ def staged_directory(target: Path) -> Iterator[Path]:
         StorageError: the disk is full.
     """
     _refuse_foreign(target)
+    target = target.resolve()  # a link keeps pointing to the directory, which gets the new content
     prefix = f".{target.name}.building-"
-    for leftover in target.parent.glob(f"{prefix}*"):
+    for leftover in target.parent.glob(f"{glob.escape(prefix)}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     staging = target.parent / f"{prefix}{os.getpid()}"
     with disk_errors(target):
@@ -111,13 +134,21 @@ def staged_directory(target: Path) -> Iterator[Path]:
 def _refuse_foreign(target: Path) -> None:
     if not target.exists():
         return
-    ours = target.is_dir() and ((target / "manifest.json").exists() or not any(target.iterdir()))
-    if not ours:
+    if not target.is_dir() or not (_is_bundle(target) or not any(target.iterdir())):
         raise BundleError(
             f"{target} exists and is not a bundle",
             expected="a new path, an empty directory, or a bundle to replace",
             hint="choose another --out; jetvla does not overwrite what it did not write.",
         )
+
+
+def _is_bundle(folder: Path) -> bool:
+    """True if it is ours, in whatever version or state: the manifest names jetvla, or is damaged beside a golden step."""
+    try:
+        named = b'"jetvla"' in (folder / "manifest.json").read_bytes()
+    except OSError:
+        return False
+    return named or (folder / "golden.npz").exists()
 
 
 def _publish(staging: Path, target: Path) -> None:
@@ -126,7 +157,11 @@ def _publish(staging: Path, target: Path) -> None:
     elif not _exchange(staging, target):
         aside = staging.with_name(f"{staging.name}-old")
         os.rename(target, aside)
-        os.rename(staging, target)
+        try:
+            os.rename(staging, target)
+        except OSError:
+            os.rename(aside, target)
+            raise
         shutil.rmtree(aside, ignore_errors=True)
     _sync_folder(target.parent)
 

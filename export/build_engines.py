@@ -23,9 +23,9 @@ from export.pipeline import STEPS, BuildConfig, build
 
 def main() -> int:
     """Parse, build, print the bundle's path on stdout."""
-    config = tyro.cli(BuildConfig, description=__doc__, args=_spell_out(sys.argv[1:]))
     reporter = Reporter(STEPS)
     try:
+        config = tyro.cli(BuildConfig, description=__doc__, args=_spell_out(sys.argv[1:]))
         print(build(config, reporter))
     except JetvlaError as error:
         reporter.console.print(f"[bold red]error:[/] {error.__class__.__name__}", markup=True)

@@ -146,15 +146,12 @@ def _warn_untrained(loaded: LoadedPolicy, reporter: Reporter) -> None:
 
 
 def _inputs(config: BuildConfig, loaded: LoadedPolicy) -> tuple[Input, ...]:
-    """Files whose change makes the bundle out of date."""
-    folder = loaded.base.folder
-    paths = [config.checkpoint, config.config, config.tokenizer, config.infer_from, config.verify_episode]
-    if folder is not None:
-        paths += [folder / "config.json", folder / TOKENIZER_NAME]
-        paths += sorted(folder.glob("model*.safetensors")) if loaded.from_base else []
-    if loaded.raw.config is None and config.config is None:
-        paths += [config.checkpoint.with_suffix(".json"), config.checkpoint.parent / "config.json"]
-    return tuple(Input.of(path) for path in paths if path is not None and path.exists())
+    """Files whose change makes the bundle out of date, also those whose appearance does."""
+    paths = [config.checkpoint, config.tokenizer, config.infer_from, config.verify_episode, *loaded.config_files]
+    if loaded.base.folder is not None:
+        paths += [loaded.base.folder / "config.json", loaded.base.folder / TOKENIZER_NAME]
+        paths += sorted(loaded.base.folder.glob("model*.safetensors")) if loaded.from_base else []
+    return tuple(Input.of(path) for path in paths if path is not None)
 
 
 def _export(
@@ -174,7 +171,7 @@ def _export(
         if cached is not None:
             entry = cached
             for name in stage_files(entry):
-                os.link(config.target / name, staging / name)
+                _link_or_copy(config.target / name, staging / name)
         else:
             with reporter.bytes_bar(stage, plan.size(stage, precision)) as advance:
                 entry, written = export_stage(
@@ -193,6 +190,14 @@ def _export(
         nodes = " and ".join(str(graph.nodes) for graph in entry.graphs)
         reporter.result(f"{stage}: {precision}, {done}, {human_bytes(entry.weight_bytes)}, {nodes} nodes")
     return stages, files
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Hard links cost nothing; file systems without them get a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _remove_stage(staging: Path, entry: Stage) -> None:

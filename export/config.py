@@ -10,17 +10,26 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import msgspec
 import tyro
 
 from bundle.errors import BundleError, ConfigError
 from bundle.manifest import Manifest, Packing, Precision
+from runtime.backends.ort import PROVIDERS
 
 BUILD_REPORT = "reports/build.json"
 _CODE = ("bundle", "export", "runtime", "train")
 _ROOT = Path(__file__).resolve().parent.parent
+# A build names its backend: parity is a statement about one.
+_CHOICES = {
+    "precision": get_args(Precision),
+    "packing": (*get_args(Packing), "auto"),
+    "resize": ("bicubic", "bilinear"),
+    "pixel_norm": ("clip", "none"),
+    "backend": tuple(PROVIDERS),
+}
 
 
 @dataclass(frozen=True)
@@ -85,10 +94,11 @@ class BuildConfig:
             value = getattr(self, name)
             if isinstance(value, str):
                 object.__setattr__(self, name, Path(value))
-        for name, kind in (("precision", Precision), ("packing", Packing | Literal["auto"])):
-            value, known = getattr(self, name), _choices(kind)
+        for name, known in _CHOICES.items():
+            value = getattr(self, name)
             if value not in known:
-                raise ConfigError(f"unknown {name}", got=repr(value), expected=", ".join(known), hint=f"see --{name}.")
+                flag = name.replace("_", "-")
+                raise ConfigError(f"unknown {name}", got=repr(value), expected=", ".join(known), hint=f"see --{flag}.")
         object.__setattr__(self, "instruction", tuple(text.strip() for text in self.instruction))
         if "" in self.instruction:
             raise ConfigError(
@@ -102,19 +112,22 @@ class BuildConfig:
                 hint="64 is the default.",
             )
 
+        if self.verify_frames < 0:
+            raise ConfigError(
+                "verify_frames is negative",
+                got=self.verify_frames,
+                expected="0, or a number of frames",
+                hint="0 takes a little more than a window.",
+            )
+
     @property
     def target(self) -> Path:
         """Where the bundle goes."""
         return self.out if self.out is not None else Path(f"{self.checkpoint.stem}.bundle")
 
 
-def _choices(kind: Any) -> tuple[str, ...]:
-    """The strings of a Literal, or of a union of Literals."""
-    return tuple(leaf for part in get_args(kind) for leaf in (get_args(part) or (part,)))
-
-
 class Input(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A file that a build read, as it was then."""
+    """A file that a build read or looked for, as it was then; an absent one has -1 bytes."""
 
     path: str
     bytes: int
@@ -123,7 +136,10 @@ class Input(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @classmethod
     def of(cls, path: Path) -> Input:
         """The file's present state."""
-        status = path.stat()
+        try:
+            status = path.stat()
+        except OSError:
+            return cls(str(path.resolve()), -1, -1)
         return cls(str(path.resolve()), status.st_size, status.st_mtime_ns)
 
 
@@ -154,7 +170,7 @@ def code_sha256(files: Iterable[str] | None = None) -> str:
 def request_sha256(config: BuildConfig) -> str:
     """Hash of everything that decides a bundle except the contents of its input files."""
     options = {
-        name: str(value) if isinstance(value, Path) else value
+        name: str(value.resolve()) if isinstance(value, Path) else value
         for name, value in vars(config).items()
         if name not in ("out", "force", "dry_run")
     }
@@ -169,6 +185,6 @@ def is_up_to_date(config: BuildConfig) -> bool:
         manifest = Manifest.load(target)
         same_inputs = all(Input.of(Path(known.path)) == known for known in report.inputs)
         intact = all((target / name).stat().st_size == record.bytes for name, record in manifest.files.items())
-    except (OSError, msgspec.DecodeError, BundleError):
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, BundleError):
         return False
     return same_inputs and intact and report.request == request_sha256(config)

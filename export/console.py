@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.padding import Padding
 from rich.progress import (
     BarColumn,
@@ -58,7 +59,7 @@ class Reporter:
 
     def warn(self, text: str) -> None:
         """Something the user should know though the build goes on."""
-        self._print(f"      [yellow]warning:[/] {text}", f"      warning: {text}")
+        self._print(f"      [yellow]warning:[/] {escape(text)}", f"      warning: {text}")
 
     def table(self, table: Table) -> None:
         """A table, on the screen only, indented like result lines."""

@@ -43,9 +43,8 @@ def infer_conventions(config: BuildConfig, loaded: LoadedPolicy, reporter: Repor
     """
     assert config.infer_from is not None
     policy = loaded.policy
-    episode = read_resized(
-        config.infer_from, preprocessing_of(config, policy.spec), loaded.base.kosmos.vision_config.image_size
-    )
+    preprocessing = preprocessing_of(config, policy.spec)
+    episode = read_resized(config.infer_from, preprocessing, loaded.base.kosmos.vision_config.image_size)
     if episode.instruction is None:
         raise PromptError(f"{config.infer_from} has no instruction", hint="choose a training episode that has one.")
     ids = np.array(tokens_of(episode.instruction, config, loaded))
@@ -64,7 +63,7 @@ def infer_conventions(config: BuildConfig, loaded: LoadedPolicy, reporter: Repor
     with reporter.count_bar("inferring conventions", len(hypotheses) * len(episode.frames)) as advance:
         for hypothesis in hypotheses:
             policy.conventions = hypothesis
-            stream = ReferenceStream(policy, ids, np.ones_like(ids))
+            stream = ReferenceStream(policy, ids, np.ones_like(ids), mean=preprocessing.mean, std=preprocessing.std)
             predicted = []
             for frames in episode.frames:
                 predicted.append(denormalize(stream.step(frames).action, action)[0, columns])

@@ -148,8 +148,9 @@ def compare(
             alone = policy.run_action_head(expected.feature[None])[0]
             stages["action_head"].append(_stage(alone, expected.action))
     spread = float(np.std([step.action for steps in reference for step in steps], axis=0).max())
-    cosine_min = min(item.cosine for item in features)
-    action_max = float(max(error.max() for error in errors))
+    cosine_min = float(np.min([item.cosine for item in features]))
+    # numpy's maxima keep a NaN, Python's lose it.
+    action_max = float(np.max(errors))
     precision = policy.manifest.precision
     verdict, reasons = judge(precision, feature_cosine=cosine_min, action_error=action_max, spread=spread)
     action = policy.manifest.action
@@ -162,7 +163,7 @@ def compare(
         episodes=len(episodes),
         stages={name: _worst(items) for name, items in stages.items()},
         feature_cosine=cosine_min,
-        feature_max_error=max(item.max_error for item in features),
+        feature_max_error=float(np.max([item.max_error for item in features])),
         action_max_error=action_max,
         spread=spread,
         columns=tuple(
@@ -229,4 +230,6 @@ def _action_error(got: NDArray[np.floating], expected: NDArray[np.floating]) -> 
 
 
 def _worst(items: Sequence[StageParity]) -> StageParity:
-    return StageParity(min(item.cosine for item in items), max(item.max_error for item in items))
+    return StageParity(
+        float(np.min([item.cosine for item in items])), float(np.max([item.max_error for item in items]))
+    )

@@ -241,7 +241,10 @@ def _prompt(
     elif not prompts:
         prompts = [_made_up_tokens(text.vocab_size)]
     padded = [pad_tokens(item, config.pad_prompt_to, text.pad_token_id) for item in prompts]
-    longest = [0] * (config.max_prompt_tokens - 1) + [text.eos_token_id]
+    longest: tuple[int, ...] = (0,) * (config.max_prompt_tokens - 1) + (text.eos_token_id,)
+    if config.pad_prompt_to is not None:
+        # In a padded prompt </s> is not the last column, and stays in front of the action token.
+        longest = pad_tokens(longest[: config.pad_prompt_to], config.pad_prompt_to, text.pad_token_id)
     lengths = [
         layout(
             ids,

@@ -235,9 +235,10 @@ def action_head(ops: Ops[T], weights: MergedWeights, dims: StageDims, feature: T
 
 def _advance(ops: Ops[T], layers: list[T], fresh: T, dims: StageDims) -> T:
     """[W, hidden] per layer to [W, layers, hidden], without its first row and with a zero row at the end."""
+    if dims.window == 1:
+        return ops.concat([fresh], 0)  # a graph's output must come out of a node
     stacked = ops.concat([ops.reshape(layer, [dims.window, 1, dims.hidden]) for layer in layers], 1)
-    older = [ops.slice(stacked, 0, 1, dims.window)] if dims.window > 1 else []
-    return ops.concat([*older, fresh], 0)
+    return ops.concat([ops.slice(stacked, 0, 1, dims.window), fresh], 0)
 
 
 def _layers(ops: Ops[T], state: T, layers: int, window: int, hidden: int) -> list[T]:

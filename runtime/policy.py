@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundle.errors import BackendError, FrameError, PromptError
-from bundle.manifest import Manifest
+from bundle.manifest import MANIFEST_NAME, Manifest
 from runtime import golden
 from runtime.actions import denormalize
 from runtime.backends.base import Backend, Stage
@@ -83,9 +83,13 @@ class Policy:
             BackendError: no backend gave the golden numbers; the message lists why each failed.
         """
         folder = Path(bundle)
+        if folder.name == MANIFEST_NAME:
+            folder = folder.parent
         manifest = Manifest.load(folder)
         if verify:
             manifest.verify(folder)
+        else:
+            manifest.verify_sizes(folder)
         reasons = []
         names = candidates(backend)
         for name in names:
@@ -153,8 +157,8 @@ class Policy:
             image_tokens=self.image_tokens,
         )
         if bucket != self._bucket:
-            # Two buckets' engines would hold the decoder's weights twice.
-            self._language = None
+            # Two buckets' engines would hold the decoder's weights twice. Until the new one is there, the policy has none.
+            self._language, self._bucket, self._prompt = None, 0, None
             self._language = self._backend.load(self._folder, self.manifest.graph("language", bucket))
             self._bucket = bucket
         self._prompt = prompt

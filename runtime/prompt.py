@@ -82,7 +82,16 @@ def layout(
     Raises:
         PromptError: fewer than two tokens, or a mask of another length.
     """
-    ids = np.asarray(token_ids, dtype=np.int64).reshape(-1)
+    ids = np.asarray(token_ids, dtype=np.int64)
+    if ids.shape[:-1] == (1,):  # a tokenizer's batch of one
+        ids = ids[0]
+    if ids.ndim != 1 or (ids < 0).any():
+        raise PromptError(
+            "token ids are not one prompt",
+            got=f"shape {list(ids.shape)}, smallest {ids.min() if ids.size else None}",
+            expected="[L], not negative",
+            hint="pass the ids of one instruction, as the tokenizer gives them.",
+        )
     length = len(ids)
     if length < 2:
         raise PromptError(
@@ -153,12 +162,13 @@ def choose_bucket(length: int, buckets: Sequence[int]) -> int:
 def sinusoid(positions: NDArray[np.int64], width: int) -> NDArray[np.float32]:
     """Position rows float32 [N, width]: sin and cos of p * exp(-k ln 10000 / (width/2 - 1)), for slots `positions`.
 
-    Source: tensor2tensor's sinusoid, as Kosmos-2 uses it. In float32 throughout, like the reference: the rounding of the frequencies
-    shows in the sixth digit of a row, and the reference's rounding is the one that the weights were trained with.
+    Source: tensor2tensor's sinusoid, as Kosmos-2 uses it. Frequencies and angles are rounded to float32 like the reference's (numpy's own
+    float32 exp is not rounded correctly, hence the detour): at late positions that shows in the fifth digit, and the reference's
+    rounding is the one that the weights were trained with.
     """
     half = width // 2
-    step = np.float32(-(math.log(10000.0) / (half - 1)))
-    frequency = np.exp(np.arange(half, dtype=np.float32) * step)
+    exponent = np.arange(half, dtype=np.float32) * np.float32(-(math.log(10000.0) / (half - 1)))
+    frequency = np.exp(exponent.astype(np.float64)).astype(np.float32)
     angle = (positions + FIRST_POSITION).astype(np.float32)[:, None] * frequency[None, :]
     return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
 

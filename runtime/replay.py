@@ -78,7 +78,7 @@ def replay(
         EpisodeError: no instruction anywhere, no common action axis, a hand camera the episode lacks, or a damaged frame.
         PromptError, BackendError: see Policy.
     """
-    said = instruction or episode.instruction
+    said = episode.instruction if instruction is None else instruction
     if said is None:
         raise EpisodeError(
             f"{episode.path} has no instruction",

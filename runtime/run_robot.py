@@ -15,7 +15,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 # Run as a script, only this file's folder is on the path; the packages are beside it.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -52,7 +53,7 @@ class RunConfig:
     instruction: str | None = None
     backend: str = "auto"
     threads: int = 0
-    schema: str | None = None
+    schema: Literal["v1", "v5", "v6"] | None = None
     skip_hashes: bool = False
     json: bool = False
 
@@ -89,14 +90,16 @@ def run(config: RunConfig, console: Console) -> dict[str, object]:
             hint="driving a robot (cameras, /cmd_vel, safety) is not part of this version.",
         )
     start = time.perf_counter()
-    with console.status(f"loading {config.bundle}"):
+    with console.status(escape(f"loading {config.bundle}")):
         policy = Policy.load(config.bundle, config.backend, verify=not config.skip_hashes, threads=config.threads)
     manifest = policy.manifest
     load_s = time.perf_counter() - start
-    hashes = "hashes not checked" if config.skip_hashes else "hashes and golden step ok"
+    checks = ["hashes not checked" if config.skip_hashes else "hashes ok"]
+    if policy.backend != "fake":
+        checks.append("golden step ok")
     console.print(
         f"{config.bundle}: {manifest.precision}, packing {manifest.prompt.packing}, backend {policy.backend}, "
-        f"parity {manifest.parity.verdict}, loaded in {load_s:.2f} s, {hashes}",
+        f"parity {manifest.parity.verdict}, loaded in {load_s:.2f} s, {', '.join(checks)}",
         markup=False,
         soft_wrap=True,
     )
@@ -112,9 +115,9 @@ def _replay(policy: Policy, config: RunConfig, path: Path, console: Console) -> 
         raise ConfigError("reading episodes needs h5py", got=error, hint="pip install 'jetvla[data]'") from None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        episode = open_episode(path, schema=config.schema)  # type: ignore[arg-type]
+        episode = open_episode(path, schema=config.schema)
     for warning in caught:
-        console.print(f"[yellow]warning:[/] {warning.message}", soft_wrap=True)
+        console.print(f"[yellow]warning:[/] {escape(str(warning.message))}", soft_wrap=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -126,7 +129,9 @@ def _replay(policy: Policy, config: RunConfig, path: Path, console: Console) -> 
         task = progress.add_task("replay", total=len(episode))
         outcome = replay(policy, episode, instruction=config.instruction, advance=lambda: progress.advance(task))
     console.print(
-        f"{path.name}: {len(outcome.predicted)} frames, {episode.schema}, {outcome.instruction!r}", soft_wrap=True
+        f"{path.name}: {len(outcome.predicted)} frames, {episode.schema}, {outcome.instruction!r}",
+        markup=False,
+        soft_wrap=True,
     )
     shown = Table("axis", "recorded mean", "predicted mean", "RMSE", box=None, padding=(0, 2), header_style="dim")
     for index, (name, unit) in enumerate(zip(outcome.axes, outcome.units, strict=True)):

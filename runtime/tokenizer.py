@@ -42,8 +42,16 @@ def tokenize(instruction: str, template: str, tokenizer: Path, *, known: tuple[s
         missing = "the package 'tokenizers' is not installed"
     else:
         if tokenizer.exists():
-            ids: list[int] = Tokenizer.from_file(str(tokenizer)).encode(template.format(instruction=text)).ids
-            return tuple(ids)
+            try:
+                loaded = Tokenizer.from_file(str(tokenizer))
+            except Exception as error:  # the package raises bare Exception
+                raise PromptError(
+                    f"{tokenizer} cannot be read",
+                    got=error,
+                    expected="a tokenizer.json of Hugging Face",
+                    hint="copy it from the base model's directory again.",
+                ) from None
+            return tuple(loaded.encode(template.format(instruction=text)).ids)
         missing = f"there is no {tokenizer}"
     raise PromptError(
         f"cannot tokenise {text!r}: {missing}",

@@ -19,7 +19,7 @@ from bundle.errors import BaseWeightsError, CheckpointError, ConfigError
 from bundle.manifest import Packing
 from train.base import Base, base_weights, find_base, tensors_sha256
 from train.checkpoint_file import RawCheckpoint, read_raw, write_small
-from train.config import PolicySpec, policy_spec, read_json
+from train.config import PolicySpec, policy_spec, read_chain
 from train.keys import KeyMap, lora_modules, map_keys
 from train.policy import Conventions, KosmosPolicy
 
@@ -35,6 +35,7 @@ class LoadedPolicy:
         raw: the file it came from.
         base: dimensions and tokenizer.
         config: the training config used, `parent` chain resolved.
+        config_files: the files it was read from; none if it was inside the checkpoint.
         state: canonical name -> fp32 tensor of everything the policy uses.
         ignored: raw keys that hold nothing it needs (tied heads, buffers).
         from_base: canonical names taken from the base directory.
@@ -45,6 +46,7 @@ class LoadedPolicy:
     raw: RawCheckpoint
     base: Base
     config: dict[str, Any]
+    config_files: tuple[Path, ...]
     state: dict[str, Tensor]
     ignored: tuple[str, ...]
     from_base: tuple[str, ...]
@@ -82,7 +84,7 @@ def load(
         UnsupportedPolicyError: a variant jetvla does not build.
     """
     raw = read_raw(path)
-    settings = _find_config(raw, config)
+    settings, config_files = _find_config(raw, config)
     spec = policy_spec(settings)
     keys = map_keys(raw.state)
     state = _unaliased(raw, keys)
@@ -101,7 +103,7 @@ def load(
     materialize_tables(policy.backbone)
     policy.requires_grad_(False).eval()
     ignored = keys.ignored + raw.not_tensors
-    return LoadedPolicy(policy, raw, located, settings, state, ignored, from_base, base_sha256)
+    return LoadedPolicy(policy, raw, located, settings, config_files, state, ignored, from_base, base_sha256)
 
 
 def decide_conventions(
@@ -170,15 +172,16 @@ def save_small(loaded: LoadedPolicy, path: Path) -> None:
     write_small(path, own, loaded.config, recorded)
 
 
-def _find_config(raw: RawCheckpoint, explicit: Path | None) -> dict[str, Any]:
+def _find_config(raw: RawCheckpoint, explicit: Path | None) -> tuple[dict[str, Any], tuple[Path, ...]]:
+    """The training config and the files that it was read from."""
     if explicit is not None:
-        return read_json(explicit)
+        return read_chain(explicit)
     if raw.config is not None:
-        return raw.config
+        return raw.config, ()
     beside = [raw.path.with_suffix(".json"), raw.path.parent / "config.json"]
     for candidate in beside:
         if candidate.exists():
-            return read_json(candidate)
+            return read_chain(candidate)
     raise ConfigError(
         f"{raw.path.name} carries no training config",
         got="no hyper_parameters.configs, no " + " or ".join(candidate.name for candidate in beside) + " beside it",

@@ -72,7 +72,12 @@ class PolicySpec:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A config file with its `parent` chain resolved; a child's keys win, nested objects are merged.
+    """A config file with its `parent` chain resolved; see `read_chain`."""
+    return read_chain(path)[0]
+
+
+def read_chain(path: Path) -> tuple[dict[str, Any], tuple[Path, ...]]:
+    """A config file with its `parent` chain resolved, and the files of the chain; a child's keys win, nested objects are merged.
 
     Raises:
         ConfigError: a file of the chain is missing or not a JSON object, or the chain is a circle.
@@ -93,7 +98,7 @@ def read_json(path: Path) -> dict[str, Any]:
         parent = child.get("parent")
         current = _locate(parent, current.parent) if parent else None
     merged["parent"] = None
-    return merged
+    return merged, tuple(seen)
 
 
 def policy_spec(config: dict[str, Any]) -> PolicySpec:

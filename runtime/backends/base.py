@@ -13,10 +13,29 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from bundle.errors import BackendError
 from bundle.manifest import Graph
 
 Feeds = Mapping[str, NDArray[np.generic]]
 Outputs = dict[str, NDArray[np.generic]]
+
+
+def checked_feed(
+    file: str, name: str, array: NDArray[np.generic], shape: tuple[int, ...], dtype: object
+) -> NDArray[np.generic]:
+    """Return a feed that has exactly the declared shape and type; broadcasting one camera to two would be silent.
+
+    Raises:
+        BackendError: it has not.
+    """
+    if array.shape != shape or array.dtype != dtype:
+        raise BackendError(
+            f"{file} got a wrong input {name}",
+            got=f"{array.dtype}{list(array.shape)}",
+            expected=f"{dtype}{list(shape)}",
+            hint="feed what the manifest says.",
+        )
+    return array
 
 
 class Stage(Protocol):

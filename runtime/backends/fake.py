@@ -12,7 +12,7 @@ import numpy as np
 
 from bundle.errors import BackendError
 from bundle.manifest import Graph
-from runtime.backends.base import Feeds, Outputs
+from runtime.backends.base import Feeds, Outputs, checked_feed
 
 
 class FakeBackend:
@@ -47,14 +47,9 @@ class FakeStage:
         self._backend.count(self._graph.file)
         seed = 0
         for tensor in self._graph.inputs:
-            array = feeds[tensor.name]
-            if array.shape != tensor.shape or array.dtype != tensor.dtype:
-                raise BackendError(
-                    f"{self._graph.file} got a wrong input {tensor.name}",
-                    got=f"{array.dtype}{list(array.shape)}",
-                    expected=f"{tensor.dtype}{list(tensor.shape)}",
-                    hint="feed what the manifest says.",
-                )
+            array = checked_feed(
+                self._graph.file, tensor.name, feeds[tensor.name], tensor.shape, np.dtype(tensor.dtype)
+            )
             seed = zlib.crc32(np.ascontiguousarray(array).tobytes(), seed)
         return {
             tensor.name: np.random.default_rng([seed, zlib.crc32(tensor.name.encode())])

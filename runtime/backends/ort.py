@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from bundle.errors import BackendError
 from bundle.manifest import Graph
-from runtime.backends.base import Feeds, Outputs
+from runtime.backends.base import Feeds, Outputs, checked_feed
 
 PROVIDERS = {
     "ort:tensorrt": "TensorrtExecutionProvider",
@@ -100,7 +100,7 @@ class OrtStage:
     def run(self, feeds: Feeds) -> Outputs:
         """Execute once; see `Stage.run`."""
         for name, array in self._inputs.items():
-            np.copyto(array, feeds[name], casting="no")
+            np.copyto(array, checked_feed(self._file, name, feeds[name], array.shape, array.dtype))
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:  # as in load

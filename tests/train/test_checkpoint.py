@@ -286,7 +286,6 @@ def test_a_stated_folder_without_a_config_is_refused(upstream: SyntheticFiles, t
 
 
 @pytest.mark.parametrize("text_config", [{"layers": "two"}, {"embed_dim": 64, "attention_heads": 5}])
-
 def test_impossible_dimensions_of_a_base_are_refused(
     upstream: SyntheticFiles, tmp_path: Path, text_config: dict[str, object]
 ) -> None:

@@ -1,0 +1,124 @@
+"""Packing and resampler masking are found from an episode that the policy itself has driven, or the build is refused."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from bundle.errors import ConfigError, PromptError
+from bundle.manifest import Packing
+from episodes.writer import write_episode
+from export.parity import random_frames
+from export.pipeline import BuildConfig
+from runtime.tokenizer import tokenize
+from tests.checkpoints import GO_LEFT
+from tests.export.builds import QUICK, assert_complete, left_over, quietly
+from tests.export.conftest import MakeSynthetic
+from tests.policies import NORMS, Norm
+from train.checkpoint import load
+from train.policy import ReferenceStream
+from train.synthetic import SyntheticFiles, SyntheticOptions
+
+FORK = SyntheticOptions(layout="fork", head="velocities")
+PACKINGS: tuple[Packing, ...] = ("upstream", "fork_overwrite")
+FRAMES = 10
+
+
+def drive(
+    files: SyntheticFiles,
+    folder: Path,
+    packing: Packing,
+    *,
+    x_attn_causal: bool = False,
+    norm: Norm = "clip",
+    noise: float = 0.0,
+    instruction: str | None = GO_LEFT,
+) -> Path:
+    """An episode of what the policy does, under these conventions, in a world of random pictures."""
+    policy = load(files.checkpoint, packing=packing, x_attn_causal=x_attn_causal).policy
+    ids = np.array(tokenize(GO_LEFT, policy.spec.prompt_template, files.base / "tokenizer.json"))
+    mean, std = NORMS[norm]
+    stream = ReferenceStream(policy, ids, np.ones_like(ids), mean=mean, std=std)
+    frames = random_frames(FRAMES, 1, 96, seed=3)[:, 0]
+    actions = np.array([stream.step(bicubic(frame)[None]).action[0] for frame in frames])
+    actions += noise * np.random.default_rng(0).normal(size=actions.shape).astype(np.float32)
+    commands = np.concatenate([actions, np.zeros((FRAMES, 1), np.float32)], axis=1)
+    return write_episode(folder / "episode.h5", iter(frames), commands, instruction=instruction, fps=6.0)
+
+
+def bicubic(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.array(Image.fromarray(frame).resize((224, 224), Image.Resampling.BICUBIC))
+
+
+def config(files: SyntheticFiles, folder: Path, episode: Path, **options: Any) -> BuildConfig:
+    return BuildConfig(
+        checkpoint=files.checkpoint,
+        out=folder / "policy.bundle",
+        infer_from=episode,
+        verify_frames=QUICK,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(("packing", "x_attn_causal"), list(product(PACKINGS, (False, True))))
+def test_the_conventions_that_drove_an_episode_are_found(
+    synthetic: MakeSynthetic, tmp_path: Path, packing: Packing, x_attn_causal: bool
+) -> None:
+    files = synthetic(FORK)
+    episode = drive(files, tmp_path, packing, x_attn_causal=x_attn_causal)
+    quietly(config(files, tmp_path, episode))
+    manifest = assert_complete(tmp_path / "policy.bundle")
+    assert (manifest.prompt.packing, manifest.x_attn_causal) == (packing, x_attn_causal)
+    assert manifest.prompt.packing_source == manifest.x_attn_causal_source == "inferred from episode.h5"
+    assert manifest.parity.verdict == "PASS"
+
+
+def test_what_is_stated_is_not_inferred(synthetic: MakeSynthetic, tmp_path: Path) -> None:
+    files = synthetic(FORK)
+    episode = drive(files, tmp_path, "fork_overwrite", x_attn_causal=True)
+    quietly(config(files, tmp_path, episode, packing="fork_overwrite"))
+    manifest = assert_complete(tmp_path / "policy.bundle")
+    assert (manifest.prompt.packing, manifest.prompt.packing_source) == ("fork_overwrite", "stated by the user")
+    assert (manifest.x_attn_causal, manifest.x_attn_causal_source) == (True, "inferred from episode.h5")
+
+
+def test_an_episode_that_nothing_predicts_is_refused(synthetic: MakeSynthetic, tmp_path: Path) -> None:
+    """Another robot's episode: every hypothesis is as far from it as the others."""
+    files = synthetic(FORK)
+    episode = drive(files, tmp_path, "upstream", noise=1.0)
+    with pytest.raises(ConfigError, match="does not tell how the policy was trained") as caught:
+        quietly(config(files, tmp_path, episode))
+    assert "expected: the best below 80% of the next and of a constant" in str(caught.value)
+    assert "hint: use an episode of the training set" in str(caught.value)
+    assert left_over(tmp_path) == ["episode.h5"]
+
+
+@pytest.mark.filterwarnings("ignore::episodes.instruction.EpisodeWarning")
+def test_an_episode_without_an_instruction_or_a_common_axis_is_refused(
+    synthetic: MakeSynthetic, tmp_path: Path
+) -> None:
+    files = synthetic(FORK)
+    episode = drive(files, tmp_path, "upstream", instruction=None)
+    with pytest.raises(PromptError, match="has no instruction"):
+        quietly(config(files, tmp_path, episode))
+    episode = drive(files, tmp_path, "upstream")
+    with pytest.raises(ConfigError, match="have no action in common") as caught:
+        quietly(config(files, tmp_path, episode, action_names=("a", "b")))
+    assert "--action-names linear_x linear_y" in str(caught.value)
+    assert left_over(tmp_path) == ["episode.h5"]
+
+
+def test_a_policy_trained_without_pixel_normalisation_is_judged_without(
+    synthetic: MakeSynthetic, tmp_path: Path
+) -> None:
+    files = synthetic(FORK)
+    episode = drive(files, tmp_path, "fork_overwrite", norm="none")
+    quietly(config(files, tmp_path, episode, pixel_norm="none"))
+    manifest = assert_complete(tmp_path / "policy.bundle")
+    assert (manifest.prompt.packing, manifest.x_attn_causal) == ("fork_overwrite", False)

@@ -1,0 +1,232 @@
+"""A backend runs what the manifest says, or says why it cannot; it never falls back in silence."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from bundle.errors import BackendError
+from bundle.manifest import Graph, Tensor
+from runtime.backends.base import Feeds
+from runtime.backends.fake import FakeBackend
+from runtime.backends.ort import PROVIDERS, OrtBackend
+from runtime.backends.select import NAMES, candidates, open_backend
+from tests.runtime.onnx_files import GraphWriter
+
+
+def tensor(name: str, dtype: str, *shape: int) -> Tensor:
+    return Tensor(name=name, dtype=dtype, shape=shape)
+
+
+X, INDEX = tensor("x", "float32", 2, 3), tensor("index", "int64", 2)
+Y, TWICE = tensor("y", "float32", 2, 3), tensor("twice", "float32", 2, 3)
+GRAPH = Graph(file="g.onnx", sequence=None, nodes=2, inputs=(X, INDEX), outputs=(Y, TWICE))
+
+
+def feeds(*indices: int, seed: int = 0) -> Feeds:
+    return {"x": np.random.default_rng(seed).normal(size=(2, 3)).astype(np.float32), "index": np.array(indices)}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """y = rows `index` of x; twice = y + y. An index that is not there makes the run fail."""
+    writer = GraphWriter()
+    writer.add("Gather", "x", "index", out="y", axis=0)
+    writer.add("Add", "y", "y", out="twice")
+    (tmp_path / "g.onnx").write_bytes(writer.model(GRAPH.inputs, GRAPH.outputs))
+    return tmp_path
+
+
+@pytest.fixture
+def onnxruntime() -> ModuleType:
+    module: ModuleType = pytest.importorskip("onnxruntime")
+    return module
+
+
+# --- names ------------------------------------------------------------------------------------------------------------------
+
+
+def test_candidates() -> None:
+    assert candidates("auto") == candidates("ort") == ("ort:cuda", "ort:cpu")
+    for name in NAMES[2:]:
+        assert candidates(name) == (name,)
+    assert set(NAMES) == {"auto", "ort", "fake", "ort:cpu", "ort:cuda", "ort:openvino", "ort:tensorrt"}
+
+
+@pytest.mark.parametrize("name", ["", "cuda", "ort:", "ort:tpu", "FAKE"])
+def test_an_unknown_name(name: str) -> None:
+    with pytest.raises(BackendError, match=rf"unknown backend '{name}'\n  expected: auto, ort, (?s:.*)hint: --backend"):
+        candidates(name)
+
+
+def test_the_fake_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert open_backend("fake").name == "fake"
+
+
+@pytest.mark.parametrize("name", PROVIDERS)
+def test_onnxruntime_is_not_installed(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(BackendError, match=r"ONNX Runtime is not installed(?s:.*)pip install 'jetvla\[ort\]'"):
+        open_backend(name)
+
+
+@pytest.mark.usefixtures("onnxruntime")
+def test_the_name_is_the_one_asked_for() -> None:
+    backend = open_backend("ort:cpu", threads=1)
+    assert isinstance(backend, OrtBackend)
+    assert backend.name == "ort:cpu"
+
+
+# --- fake -------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_fake_is_a_function_of_its_inputs() -> None:
+    first, second = (FakeBackend().load(Path(), GRAPH) for _ in range(2))
+    outputs = first.run(feeds(0, 1))
+    assert {name: (array.dtype, array.shape) for name, array in outputs.items()} == {
+        "y": (np.float32, (2, 3)),
+        "twice": (np.float32, (2, 3)),
+    }
+    assert all(np.abs(array).max() <= 1 for array in outputs.values())  # type: ignore[type-var]
+    assert (outputs["y"] != outputs["twice"]).all()
+    again = second.run(feeds(0, 1))
+    for name in outputs:
+        np.testing.assert_array_equal(outputs[name], again[name])
+    for changed in (feeds(1, 0), feeds(0, 1, seed=1)):
+        assert (second.run(changed)["y"] != outputs["y"]).all()
+
+
+def test_the_fake_does_not_care_how_arrays_lie_in_memory() -> None:
+    stage = FakeBackend().load(Path(), GRAPH)
+    given = feeds(0, 1)
+    fortran = {name: np.asfortranarray(array) for name, array in given.items()}
+    np.testing.assert_array_equal(stage.run(given)["y"], stage.run(fortran)["y"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "got"),
+    [
+        ("x", np.zeros((2, 4), np.float32), r"float32\[2, 4\]"),
+        ("x", np.zeros((2, 3), np.float64), r"float64\[2, 3\]"),
+        ("index", np.zeros((1, 2), np.int64), r"int64\[1, 2\]"),
+    ],
+)
+def test_the_fake_is_strict(name: str, value: np.ndarray, got: str) -> None:
+    with pytest.raises(BackendError, match=rf"wrong input {name}\n  got:      {got}\n  expected: "):
+        FakeBackend().load(Path(), GRAPH).run({**feeds(0, 1), name: value})
+
+
+def test_the_fake_fails_when_planned() -> None:
+    backend = FakeBackend(fail_at=2)
+    stage = backend.load(Path(), GRAPH)
+    stage.run(feeds(0, 1))
+    with pytest.raises(BackendError, match=r"g\.onnx failed while running\n  got:      planned failure"):
+        stage.run(feeds(0, 1))
+    stage.run(feeds(0, 1))
+    assert backend.runs == {"g.onnx": 3}
+
+
+# --- ONNX Runtime -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("onnxruntime")
+def test_ort_computes(folder: Path) -> None:
+    stage = OrtBackend(threads=1).load(folder, GRAPH)
+    for seed in range(3):
+        given = feeds(1, 0, seed=seed)
+        outputs = stage.run(given)
+        np.testing.assert_array_equal(outputs["y"], given["x"][[1, 0]])
+        np.testing.assert_array_equal(outputs["twice"], 2 * given["x"][[1, 0]])
+
+
+@pytest.mark.usefixtures("onnxruntime")
+def test_ort_allocates_once(folder: Path) -> None:
+    stage = OrtBackend(threads=1).load(folder, GRAPH)
+    first = stage.run(feeds(0, 0))
+    assert stage.run(feeds(1, 1))["y"] is first["y"]
+
+
+@pytest.mark.usefixtures("onnxruntime")
+def test_ort_copies_what_it_is_fed(folder: Path) -> None:
+    stage = OrtBackend(threads=1).load(folder, GRAPH)
+    given = feeds(0, 1)
+    expected = given["x"].copy()
+    outputs = stage.run({name: np.asfortranarray(array) for name, array in given.items()})
+    given["x"][:] = 0
+    np.testing.assert_array_equal(outputs["y"], expected)
+
+
+@pytest.mark.usefixtures("onnxruntime")
+def test_ort_fails_while_running_and_recovers(folder: Path) -> None:
+    stage = OrtBackend(threads=1).load(folder, GRAPH)
+    with pytest.raises(
+        BackendError, match=r"g\.onnx failed while running\n  got:      \w+: .*out of data bounds(?s:.*)--check"
+    ):
+        stage.run(feeds(0, 7))
+    given = feeds(1, 1)
+    np.testing.assert_array_equal(stage.run(given)["y"], given["x"][[1, 1]])
+
+
+@pytest.mark.usefixtures("onnxruntime")
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: b"not a graph", lambda data: data[:-20]])
+def test_ort_refuses_a_broken_graph(folder: Path, damage: Callable[[bytes], bytes]) -> None:
+    (folder / "g.onnx").write_bytes(damage((folder / "g.onnx").read_bytes()))
+    with pytest.raises(BackendError, match=r"ort:cpu cannot load g\.onnx\n  got:      \w+: ") as caught:
+        OrtBackend(threads=1).load(folder, GRAPH)
+    assert caught.value.__cause__ is not None
+
+
+@pytest.mark.usefixtures("onnxruntime")
+def test_ort_misses_a_graph(folder: Path) -> None:
+    (folder / "g.onnx").unlink()
+    with pytest.raises(BackendError, match=r"cannot load g\.onnx\n  got:      NoSuchFile"):
+        OrtBackend(threads=1).load(folder, GRAPH)
+
+
+def test_a_provider_that_is_not_installed(onnxruntime: ModuleType) -> None:
+    missing = [name for name, provider in PROVIDERS.items() if provider not in onnxruntime.get_available_providers()]
+    if not missing:
+        pytest.skip("this ONNX Runtime has every provider")
+    for name in missing:
+        with pytest.raises(BackendError, match=rf"ONNX Runtime has no {PROVIDERS[name]}(?s:.*)CPUExecutionProvider"):
+            open_backend(name)
+
+
+def test_a_provider_that_is_listed_and_does_not_come_up(
+    onnxruntime: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with onnxruntime-gpu on a machine without CUDA: ONNX Runtime warns and takes the CPU."""
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has CUDA")
+    listed = ["CUDAExecutionProvider", *onnxruntime.get_available_providers()]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: listed)
+    backend = OrtBackend("ort:cuda", threads=1)
+    with (
+        pytest.warns(UserWarning, match="'CUDAExecutionProvider' is not in available provider names"),
+        pytest.raises(BackendError) as caught,
+    ):
+        backend.load(folder, GRAPH)
+    assert str(caught.value) == (
+        "ort:cuda fell back silently for g.onnx\n  got:      CPUExecutionProvider\n  expected: CUDAExecutionProvider\n\n"
+        "hint: the provider's libraries are missing or do not fit the driver; --backend ort:cpu works everywhere."
+    )
+
+
+@pytest.mark.usefixtures("onnxruntime")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("x", np.zeros((1, 3), np.float32)),  # would be broadcast: one camera's picture for two cameras
+        ("x", np.zeros((3, 3), np.float32)),
+        ("x", np.zeros((2, 3), np.float64)),
+    ],
+)
+def test_ort_is_as_strict_as_the_fake(folder: Path, name: str, value: np.ndarray) -> None:
+    with pytest.raises(BackendError, match=f"wrong input {name}"):
+        OrtBackend(threads=1).load(folder, GRAPH).run({**feeds(0, 1), name: value})

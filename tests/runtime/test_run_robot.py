@@ -1,0 +1,276 @@
+"""The command line: results on stdout, everything else on stderr, and an exit code that a script can rely on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bundle.manifest import Instruction
+from tests.bundles import GO_LEFT, GO_RIGHT, LEFT_IDS, Tiny, make_bundle
+from tests.runtime.conftest import TinyBundle
+
+pytest.importorskip("onnxruntime")
+h5py = pytest.importorskip("h5py")
+
+from episodes.writer import write_episode  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "runtime" / "run_robot.py"
+LENGTH = 4
+Done = subprocess.CompletedProcess[str]
+
+
+def run_robot(*arguments: object, folder: Path, **environment: str) -> Done:
+    """Run the script in `folder` as a user does: without the repository on the path."""
+    variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "NO_COLOR")}
+    return subprocess.run(
+        [sys.executable, "-W", "error", SCRIPT, *map(str, arguments)],
+        cwd=folder,
+        env=variables | {"COLUMNS": "100"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture
+def bundle(tiny_bundle: TinyBundle) -> Path:
+    return tiny_bundle(Tiny())
+
+
+@pytest.fixture(scope="session")
+def episode(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (LENGTH, 24, 32, 3), dtype=np.uint8)
+    actions = rng.uniform(-1.15, 1.15, (LENGTH, 3))
+    path = tmp_path_factory.mktemp("episodes") / "episode.h5"
+    return write_episode(path, frames, actions, instruction=GO_LEFT, fps=6.0)
+
+
+def assert_refused(done: Done, kind: str, *texts: str) -> None:
+    """Exit code 1 and the error's own text: no traceback, nothing on stdout."""
+    assert done.returncode == 1, done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert f"error: {kind}\n" in done.stderr
+    assert "\n\nhint: " in done.stderr
+    for text in texts:
+        assert text in done.stderr
+
+
+# --- results ------------------------------------------------------------------------------------------------------------------
+
+
+def test_check(bundle: Path, tmp_path: Path) -> None:
+    """From another working directory, with a path relative to it."""
+    relative = os.path.relpath(bundle, tmp_path)
+    done = run_robot(relative, "--check", folder=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert f"{relative}: fp32, packing upstream, backend ort:cpu, parity PASS, loaded in " in done.stderr
+    assert done.stderr.endswith(" s, hashes ok, golden step ok\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_without_hashes(bundle: Path, tmp_path: Path) -> None:
+    done = run_robot(bundle, "--check", "--skip-hashes", folder=tmp_path)
+    assert done.returncode == 0
+    assert "hashes not checked" in done.stderr
+
+
+def test_check_claims_only_what_was_checked(bundle: Path, tmp_path: Path) -> None:
+    done = run_robot(bundle, "--check", "--backend", "fake", folder=tmp_path)
+    assert done.returncode == 0
+    assert "golden step ok" not in done.stderr
+
+
+def test_check_as_json(bundle: Path, tmp_path: Path) -> None:
+    done = run_robot(bundle, "--check", "--json", "--backend", "ort:cpu", "--threads", 1, folder=tmp_path)
+    assert done.returncode == 0
+    content = json.loads(done.stdout)
+    assert content.pop("load_s") > 0
+    assert content == {"bundle": str(bundle), "backend": "ort:cpu"}
+
+
+def test_replay_prints_a_table(bundle: Path, episode: Path, tmp_path: Path) -> None:
+    done = run_robot(bundle, "--replay", episode, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"episode.h5: 4 frames, v1, '{GO_LEFT}'\n" in done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert rows[0] == ["axis", "recorded", "mean", "predicted", "mean", "RMSE"]
+    assert [row[0] for row in rows[1:3]] == ["linear_x", "linear_y"]
+    assert rows[3] == ["section", "p50", "ms", "p95", "ms", "max", "ms"]
+    assert [row[0] for row in rows[4:]] == ["preprocess", "vision", "language", "action_head", "total"]
+    with h5py.File(episode) as file:
+        recorded = file["actions"][:].mean(axis=0)
+    for row, mean in zip(rows[1:3], recorded[:2], strict=True):
+        assert row[1] == f"{mean:+.3f}"
+        assert row[-1] == "m/s"
+
+
+def test_replay_as_json(bundle: Path, episode: Path, tmp_path: Path) -> None:
+    done = run_robot(bundle, "--replay", episode, "--json", "--instruction", GO_RIGHT, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    content = json.loads(done.stdout)  # and nothing else stands on stdout
+    assert list(content) == [
+        "bundle",
+        "backend",
+        "load_s",
+        "instruction",
+        "frames",
+        "axes",
+        "predicted",
+        "recorded",
+        "timing_ms",
+    ]
+    assert (content["frames"], content["instruction"]) == (LENGTH, GO_RIGHT)
+    predicted, recorded = np.array(content["predicted"]), np.array(content["recorded"])
+    assert predicted.shape == recorded.shape == (LENGTH, 2)
+    rmse = np.sqrt(np.mean((predicted - recorded) ** 2, axis=0))
+    assert [axis["rmse"] for axis in content["axes"]] == pytest.approx(rmse.tolist())
+    assert "RMSE" not in done.stderr
+
+
+def test_colour(bundle: Path, tmp_path: Path) -> None:
+    """Only where it is wanted: neither in a pipe, nor where NO_COLOR is set."""
+    escape = "\x1b["
+    forced = {"FORCE_COLOR": "1", "TERM": "xterm-256color"}
+    assert escape in run_robot(bundle, folder=tmp_path, **forced).stderr  # else the rest says nothing
+    assert "\x1b[1;31m" not in run_robot(bundle, folder=tmp_path, NO_COLOR="1", **forced).stderr
+    assert escape not in run_robot(bundle, folder=tmp_path).stderr
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["--bogus"], ["--threads", "two"], ["extra", "--check"], ["--replay"]])
+def test_usage_errors(bundle: Path, tmp_path: Path, arguments: list[str]) -> None:
+    done = run_robot(bundle, *arguments, folder=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Traceback" not in done.stderr
+    assert done.stderr
+
+
+def test_no_arguments(tmp_path: Path) -> None:
+    done = run_robot(folder=tmp_path)
+    assert done.returncode == 2
+    assert "BUNDLE" in done.stderr
+
+
+def test_help(tmp_path: Path) -> None:
+    done = run_robot("--help", folder=tmp_path)
+    assert done.returncode == 0
+    for text in ("BUNDLE", "--replay", "--check", "--instruction", "--backend", "--json", "Exit codes: 0 ok, 1 failed"):
+        assert text in done.stdout
+
+
+def test_nothing_to_do(bundle: Path, tmp_path: Path) -> None:
+    assert_refused(run_robot(bundle, folder=tmp_path), "ConfigError", "neither --replay nor --check")
+
+
+def test_no_bundle(tmp_path: Path) -> None:
+    done = run_robot("absent.bundle", "--check", folder=tmp_path)
+    assert_refused(done, "BundleError", "absent.bundle is not a bundle", "got:      no manifest.json")
+
+
+def test_a_corrupt_bundle(tmp_path: Path) -> None:
+    folder = make_bundle(tmp_path / "tiny.bundle")
+    content = bytearray((folder / "golden.npz").read_bytes())
+    content[100] ^= 1
+    (folder / "golden.npz").write_bytes(content)
+    done = run_robot(folder, "--check", "--json", folder=tmp_path)
+    assert_refused(done, "BundleError", "golden.npz is corrupt")
+
+
+def test_an_unknown_backend(bundle: Path, tmp_path: Path) -> None:
+    done = run_robot(bundle, "--check", "--backend", "tpu", folder=tmp_path)
+    assert_refused(done, "BackendError", "unknown backend 'tpu'", "ort:cpu")
+
+
+def test_an_unknown_schema(bundle: Path, episode: Path, tmp_path: Path) -> None:
+    done = run_robot(bundle, "--replay", episode, "--schema", "v9", folder=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_no_instruction(bundle: Path, episode: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plain.h5"
+    path.write_bytes(episode.read_bytes())
+    with h5py.File(path, "r+") as file:
+        del file["language_instruction"]
+    done = run_robot(bundle, "--replay", path, folder=tmp_path)
+    assert_refused(done, "EpisodeError", f"{path} has no instruction", "hint: pass --instruction")
+    assert f"warning: {path}: no instruction is stored" in done.stderr
+
+    assert run_robot(bundle, "--replay", path, "--instruction", GO_LEFT, folder=tmp_path).returncode == 0
+
+
+def test_an_assumed_instruction_is_said(tiny_bundle: TinyBundle, episode: Path, tmp_path: Path) -> None:
+    text = "Navigate around obstacles and reach the front of the beverage bottle on the left"
+    bundle = tiny_bundle(Tiny(instructions=(Instruction(text=text, token_ids=LEFT_IDS),)))
+    path = tmp_path / "episode_left.h5"
+    path.write_bytes(episode.read_bytes())
+    with h5py.File(path, "r+") as file:
+        del file["language_instruction"]
+    done = run_robot(bundle, "--replay", path, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"assuming '{text}' from the file name" in done.stderr
+
+
+def test_an_unknown_instruction(bundle: Path, episode: Path, tmp_path: Path) -> None:
+    done = run_robot(bundle, "--replay", episode, "--instruction", "dance", folder=tmp_path)
+    assert_refused(done, "PromptError", "cannot tokenise 'dance'", f"'{GO_LEFT}' | '{GO_RIGHT}'")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("absent.h5", None, "episode file not found"),
+        ("empty.h5", b"", "an empty file (0 bytes)"),
+        ("text.h5", b"not HDF5" * 100, "is not an HDF5 file"),
+    ],
+)
+def test_no_episode(bundle: Path, tmp_path: Path, name: str, content: bytes | None, text: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert_refused(run_robot(bundle, "--replay", name, folder=tmp_path), "EpisodeError", name, text)
+
+
+def test_a_corrupt_frame(bundle: Path, episode: Path, tmp_path: Path) -> None:
+    path = tmp_path / "corrupt.h5"
+    path.write_bytes(episode.read_bytes())
+    with h5py.File(path) as file:
+        chunk = file["images"].id.get_chunk_info_by_coord((2, 0, 0, 0))
+    with path.open("r+b") as raw:
+        raw.seek(chunk.byte_offset)
+        raw.write(b"\0" * chunk.size)
+    done = run_robot(bundle, "--replay", path, "--json", folder=tmp_path)
+    assert_refused(done, "EpisodeError", "frame 2 of 4 is corrupt")
+
+
+def test_without_h5py(bundle: Path, episode: Path, tmp_path: Path) -> None:
+    """A robot that only drives has none; --check works there."""
+    (tmp_path / "h5py.py").write_text("raise ImportError('no h5py here')\n")
+    assert run_robot(bundle, "--check", folder=tmp_path, PYTHONPATH=str(tmp_path)).returncode == 0
+    done = run_robot(bundle, "--replay", episode, folder=tmp_path, PYTHONPATH=str(tmp_path))
+    assert_refused(done, "ConfigError", "reading episodes needs h5py", "no h5py here", "pip install 'jetvla[data]'")
+
+
+@pytest.mark.parametrize("text", ["go [left]", "go [/left]"])
+def test_brackets_are_only_text(tiny_bundle: TinyBundle, episode: Path, tmp_path: Path, text: str) -> None:
+    bundle = tiny_bundle(Tiny(instructions=(Instruction(text=text, token_ids=LEFT_IDS),)))
+    done = run_robot(bundle, "--replay", episode, "--instruction", text, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"'{text}'" in done.stderr
+
+
+def test_brackets_in_a_path_are_only_text(tmp_path: Path) -> None:
+    folder = make_bundle(tmp_path / "new [" / "x]")
+    done = run_robot(folder.relative_to(tmp_path), "--check", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
