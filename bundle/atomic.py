@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from bundle.errors import BundleError, BundleLockedError, StorageError
 
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENAMETOOLONG}
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -79,6 +79,7 @@ def exclusive(target: Path) -> Iterator[None]:
         BundleLockedError: another process holds it.
         StorageError: the folder of the target cannot be made.
     """
+    target = target.resolve()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -90,7 +91,8 @@ def exclusive(target: Path) -> Iterator[None]:
         ) from None
     lock = FileLock(target.parent / f".{target.name}.lock")
     try:
-        lock.acquire(timeout=0)
+        with disk_errors(target):
+            lock.acquire(timeout=0)
     except Timeout:
         raise BundleLockedError(
             f"another build is writing {target}",
@@ -115,8 +117,8 @@ def staged_directory(target: Path) -> Iterator[Path]:
         BundleError: the target exists and is not a directory that jetvla wrote.
         StorageError: the disk is full.
     """
-    _refuse_foreign(target)
     target = target.resolve()  # a link keeps pointing to the directory, which gets the new content
+    _refuse_foreign(target)
     prefix = f".{target.name}.building-"
     for leftover in target.parent.glob(f"{glob.escape(prefix)}*"):
         shutil.rmtree(leftover, ignore_errors=True)

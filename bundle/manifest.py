@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import msgspec
@@ -201,10 +201,10 @@ class Manifest(_Strict, frozen=True):
         path = _manifest_path(bundle)
         try:
             raw = path.read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError:
             raise BundleError(
                 f"{path.parent} is not a bundle",
-                got=f"no {MANIFEST_NAME}",
+                got=f"{'unreadable' if path.exists() else 'no'} {MANIFEST_NAME}",
                 expected="a directory made by export/build_engines.py",
                 hint="python export/build_engines.py CKPT --out BUNDLE makes one; an interrupted build leaves none.",
             ) from None
@@ -216,7 +216,7 @@ class Manifest(_Strict, frozen=True):
         rebuild = "rebuild the bundle with export/build_engines.py, or copy it again."
         try:
             head: Any = msgspec.json.decode(raw)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise BundleError(f"{origin} is not JSON", got=error, hint=rebuild) from None
         found = head.get("schema") if isinstance(head, dict) else None
         if not isinstance(found, int) or found != SCHEMA:
@@ -240,6 +240,22 @@ class Manifest(_Strict, frozen=True):
                 hint=f"manifests are not edited by hand; {rebuild}",
             )
         return manifest
+
+    def _check_names(self, origin: Path) -> None:
+        """Every file that a stage names must have an integrity record, and lie inside the bundle."""
+        named = {graph.file for stage in self.stages.values() for graph in stage.graphs}
+        named |= {stage.weights for stage in self.stages.values()}
+        unrecorded = sorted(named - set(self.files))
+        outside = sorted(
+            name for name in self.files if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts
+        )
+        if unrecorded or outside:
+            raise BundleError(
+                f"{origin} names files that it does not vouch for",
+                got=", ".join(unrecorded + outside),
+                expected="files inside the bundle, each with its hash",
+                hint="rebuild the bundle with export/build_engines.py.",
+            )
 
     def digest(self) -> str:
         """sha256 of the canonical encoding of everything but `manifest_sha256`."""
@@ -282,8 +298,9 @@ class Manifest(_Strict, frozen=True):
         """The cheap part of `verify`: every file is there and as long as it was.
 
         Raises:
-            BundleError: a file is missing or has another size.
+            BundleError: a file is missing, has another size, lies elsewhere, or has no record.
         """
+        self._check_names(_manifest_path(bundle))
         for name, record in self.files.items():
             _check_size(_manifest_path(bundle).parent, name, record)
 
@@ -294,12 +311,11 @@ class Manifest(_Strict, frozen=True):
 
 def _check_size(root: Path, name: str, record: File) -> None:
     path = root / name
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError:
+    size = path.stat().st_size if path.is_file() else None
+    if size is None:
         raise BundleError(
             f"{path} is missing", expected=f"{record.bytes} bytes", hint="copy the whole bundle directory again."
-        ) from None
+        )
     if size != record.bytes:
         raise BundleError(
             f"{path} is truncated or replaced",

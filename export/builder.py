@@ -44,9 +44,11 @@ def dry_run(config: BuildConfig, reporter: Reporter) -> None:
 def run(config: BuildConfig, reporter: Reporter) -> None:
     """Build into config.target; see export.pipeline.build. The caller holds the target's lock."""
     target = config.target
+    # As it is before it is read: training may replace the file meanwhile.
+    checkpoint = Input.of(config.checkpoint)
     loaded, plan = _read_and_plan(config, reporter)
     check_space(target, plan)
-    inputs = _inputs(config, loaded)
+    inputs = (checkpoint, *_other_inputs(config, loaded))
     with staged_directory(target) as staging:
         try:
             (staging / "reports").mkdir()
@@ -65,7 +67,9 @@ def run(config: BuildConfig, reporter: Reporter) -> None:
                     if promoted is None:
                         verification.release(loaded)
                     report = verification.compare(staging, config, manifest, episodes, reference, reporter)
-                    if report.comfortable or promoted is None:
+                    # Errors build up over a window: a shorter look cannot acquit fp16.
+                    enough = report.frames >= plan.dims.window
+                    if (report.comfortable and enough) or promoted is None:
                         break
                     precisions[promoted] = "fp32"
                     reporter.result(
@@ -145,9 +149,9 @@ def _warn_untrained(loaded: LoadedPolicy, reporter: Reporter) -> None:
         reporter.warn("the action token is zero: this policy was never trained.")
 
 
-def _inputs(config: BuildConfig, loaded: LoadedPolicy) -> tuple[Input, ...]:
-    """Files whose change makes the bundle out of date, also those whose appearance does."""
-    paths = [config.checkpoint, config.tokenizer, config.infer_from, config.verify_episode, *loaded.config_files]
+def _other_inputs(config: BuildConfig, loaded: LoadedPolicy) -> tuple[Input, ...]:
+    """Files beside the checkpoint whose change makes the bundle out of date, also those whose appearance does."""
+    paths = [config.tokenizer, config.infer_from, config.verify_episode, *loaded.config_files]
     if loaded.base.folder is not None:
         paths += [loaded.base.folder / "config.json", loaded.base.folder / TOKENIZER_NAME]
         paths += sorted(loaded.base.folder.glob("model*.safetensors")) if loaded.from_base else []

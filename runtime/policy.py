@@ -186,7 +186,8 @@ class Policy:
         Raises:
             PromptError: no `reset` yet.
             FrameError: wrong dtype or shape, or a camera too many or too few.
-            BackendError: execution failed; the state is unchanged and the step may be tried again.
+            BackendError: execution failed, or gave an action that is not finite; the state is unchanged and the step may be
+                tried again.
         """
         start = time.perf_counter()
         preprocessing = self.manifest.preprocessing
@@ -202,7 +203,15 @@ class Policy:
             view = views[camera]
             assert view is not None
             row[:] = resize(view, preprocessing, self.manifest.dimensions.image_size)
-        return self.step_resized(self._frames, start=start)
+        chunk = self.step_resized(self._frames, start=start)
+        if not np.isfinite(chunk.normalized).all():
+            raise BackendError(
+                f"{self.backend} gave an action that is not finite",
+                got=f"{np.count_nonzero(~np.isfinite(chunk.normalized))} of {chunk.normalized.size} numbers",
+                expected="finite numbers",
+                hint="stop the robot; run_robot.py BUNDLE --check tells whether the backend computes rightly.",
+            )
+        return chunk
 
     def step_resized(self, frames: NDArray[np.uint8], *, start: float | None = None) -> ActionChunk:
         """As `step`, for frames already resized: uint8 [cameras, image_size, image_size, 3], in the manifest's camera order."""
@@ -240,8 +249,10 @@ class Policy:
         return self._language.run(feeds)["feature"].astype(np.float32, copy=False)
 
     def run_action_head(self, feature: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Action chunk [1, n, A] as the head gives it; advances the recurrent states."""
+        """Action chunk [1, n, A] as the head gives it; advances the recurrent states unless something is not finite."""
         outputs = self._action_head.run({"feature": feature, **self._states})
-        for name, state in self._states.items():
-            state[:] = outputs[f"next_{name}"]
+        # A NaN in the states would stay for the rest of the episode.
+        if all(np.isfinite(outputs[name]).all() for name in ("action", "next_h", "next_c")):
+            for name, state in self._states.items():
+                state[:] = outputs[f"next_{name}"]
         return outputs["action"].astype(np.float32, copy=False)

@@ -82,16 +82,17 @@ def layout(
     Raises:
         PromptError: fewer than two tokens, or a mask of another length.
     """
-    ids = np.asarray(token_ids, dtype=np.int64)
+    ids = np.asarray(token_ids)
     if ids.shape[:-1] == (1,):  # a tokenizer's batch of one
         ids = ids[0]
-    if ids.ndim != 1 or (ids < 0).any():
+    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)) or (ids < 0).any():
         raise PromptError(
             "token ids are not one prompt",
-            got=f"shape {list(ids.shape)}, smallest {ids.min() if ids.size else None}",
-            expected="[L], not negative",
+            got=f"{ids.dtype}{list(ids.shape)}, smallest {ids.min() if ids.size else None}",
+            expected="[L] whole numbers, not negative",
             hint="pass the ids of one instruction, as the tokenizer gives them.",
         )
+    ids = ids.astype(np.int64)
     length = len(ids)
     if length < 2:
         raise PromptError(

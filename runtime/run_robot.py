@@ -67,7 +67,7 @@ def main() -> int:
     except JetvlaError as error:
         console.print(f"[bold red]error:[/] {error.__class__.__name__}")
         console.print(str(error), markup=False, soft_wrap=True)
-        return 1
+        return 2 if config.replay is None and not config.check else 1
     except KeyboardInterrupt:
         console.print("interrupted.")
         return 1

@@ -38,6 +38,10 @@ class OrtBackend:
     """
 
     def __init__(self, name: str = "ort:cpu", *, threads: int = 0) -> None:
+        if threads < 0:
+            raise BackendError(
+                "the number of threads is negative", got=threads, expected="0 or more", hint="0 takes all."
+            )
         self.name = name
         self._runtime = _import_onnxruntime()
         self._provider = PROVIDERS[name]

@@ -614,7 +614,6 @@ def test_the_lock_ends_with_its_holder(held: tuple[Path, subprocess.Popen[str]],
     assert_free(target)
 
 
-@pytest.mark.xfail(reason="the lock is of the link, not of the directory that will be replaced", strict=True)
 def test_a_link_and_its_target_have_one_lock(tmp_path: Path) -> None:
     make(tmp_path / "v1", "old")
     (tmp_path / "current").symlink_to("v1")
@@ -622,7 +621,6 @@ def test_a_link_and_its_target_have_one_lock(tmp_path: Path) -> None:
         assert_free(tmp_path / "current")
 
 
-@pytest.mark.xfail(reason="the lock is put into the directory, which then is not empty", strict=True)
 def test_the_working_directory_as_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x").mkdir()
     monkeypatch.chdir(tmp_path / "x")
@@ -631,7 +629,6 @@ def test_the_working_directory_as_target(tmp_path: Path, monkeypatch: pytest.Mon
     assert labels(tmp_path / "x") == NEW_BUNDLE
 
 
-@pytest.mark.xfail(reason="the lock's file cannot be written either", strict=True, raises=OSError)
 def test_no_lock_on_a_read_only_disk(small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     with pytest.raises(StorageError, match="Read-only file system"):

@@ -252,7 +252,6 @@ def test_a_tokenizer_that_appears_is_taken(synthetic: MakeSynthetic, tmp_path: P
     assert (config.target / "tokenizer.json").exists()
 
 
-@pytest.mark.xfail(reason="inputs are recorded after they were read", strict=True)
 def test_a_checkpoint_that_training_replaces_during_a_build_is_another_one(
     synthetic: MakeSynthetic, bundle: BuildConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

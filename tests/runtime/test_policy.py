@@ -224,7 +224,7 @@ def test_history_changes_the_action_and_not_the_feature(policy: Policy) -> None:
 
 def test_the_instruction_matters_and_is_tokenised_as_the_manifest_says(policy: Policy) -> None:
     chunks = []
-    for arguments in ({"instruction": GO_LEFT}, {"token_ids": LEFT_IDS}, {"token_ids": np.array(LEFT_IDS)}):
+    for arguments in ({"instruction": GO_LEFT}, {"token_ids": LEFT_IDS}, {"token_ids": np.array([LEFT_IDS])}):
         policy.reset(**arguments)  # type: ignore[arg-type]
         chunks.append(policy.step(FRAMES[0]))
     assert_same(chunks[1:], chunks[:1] * 2)

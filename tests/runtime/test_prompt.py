@@ -83,13 +83,15 @@ def test_layout_is_what_the_action_token_sees(
     assert {found.token.dtype, found.image.dtype, found.position.dtype} == {np.dtype(np.int64)}
 
 
-@given(prompts(), packings, image_counts)
+@given(prompts(), packings, image_counts, st.booleans())
 def test_arrays_of_a_tokenizer_are_as_good_as_lists(
-    prompt: tuple[list[int], list[int] | None], packing: Packing, images: int
+    prompt: tuple[list[int], list[int] | None], packing: Packing, images: int, batch: bool
 ) -> None:
+    """Tokenizers give [1, L]."""
     ids, mask = prompt
     expected = layout(ids, packing=packing, image_tokens=images, latent=1, mask=mask)
-    arrays = (np.array(ids, np.int32), None if mask is None else np.array(mask, bool))
+    arrays = [None if row is None else np.array([row] if batch else row, np.int32) for row in (ids, mask)]
+    assert arrays[0] is not None
 
     found = layout(arrays[0], packing=packing, image_tokens=images, latent=1, mask=arrays[1])
 
@@ -166,7 +168,7 @@ def test_a_mask_of_another_length(mask: list[int]) -> None:
         layout([0, 5, 2], packing="upstream", image_tokens=4, latent=1, mask=mask)
 
 
-@pytest.mark.parametrize("ids", [[[0, 5, 2], [0, 6, 2]], [[0, 5, 2]], 5])
+@pytest.mark.parametrize("ids", [[[0, 5, 2], [0, 6, 2]], [[[0, 5, 2]]], 5])
 def test_a_prompt_is_one_row(ids: object) -> None:
     with pytest.raises(PromptError, match=r"expected: \[L\]"):
         layout(np.array(ids), packing="upstream", image_tokens=4, latent=1)
