@@ -11,6 +11,7 @@ import errno
 import glob
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,7 +20,8 @@ from filelock import FileLock, Timeout
 
 from bundle.errors import BundleError, BundleLockedError, StorageError
 
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENAMETOOLONG}
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+_DISK_ERRORS = _NO_ROOM | {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EBUSY, errno.EXDEV}
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -32,11 +34,12 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
+        full = error.errno in _NO_ROOM
         raise StorageError(
             f"cannot write {path}",
             got=os.strerror(error.errno or 0),
-            expected="room for the whole output",
-            hint="free some space or choose another folder (--out); nothing was replaced.",
+            expected="room for the whole output" if full else "a folder that can be written and replaced",
+            hint=f"{'free some space or ' if full else ''}choose another folder (--out); nothing was replaced.",
         ) from error
 
 
@@ -46,7 +49,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         StorageError: the disk is full or read-only; an existing file stays as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{threading.get_native_id()}.{os.getpid()}.tmp")
     _remove_leftovers(path)
     with disk_errors(path):
         try:
@@ -94,6 +97,13 @@ def exclusive(target: Path) -> Iterator[None]:
         with disk_errors(target):
             lock.acquire(timeout=0)
     except Timeout:
+        if not Path(lock.lock_file).exists():
+            raise StorageError(
+                f"cannot lock {target}",
+                got=f"no lock file can be made in {target.parent}",
+                expected="a folder that can be written",
+                hint="choose another --out.",
+            ) from None
         raise BundleLockedError(
             f"another build is writing {target}",
             expected="one build at a time",
@@ -118,8 +128,11 @@ def staged_directory(target: Path) -> Iterator[Path]:
         StorageError: the disk is full.
     """
     target = target.resolve()  # a link keeps pointing to the directory, which gets the new content
-    _refuse_foreign(target)
+    refuse_foreign(target)
     prefix = f".{target.name}.building-"
+    for aside in target.parent.glob(f"{glob.escape(prefix)}*-old"):
+        if not target.exists():  # killed between two renames
+            os.rename(aside, target)
     for leftover in target.parent.glob(f"{glob.escape(prefix)}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     staging = target.parent / f"{prefix}{os.getpid()}"
@@ -133,9 +146,20 @@ def staged_directory(target: Path) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def _refuse_foreign(target: Path) -> None:
+def refuse_foreign(target: Path) -> None:
+    """Check that a target may be replaced: absent, empty, or a bundle, and not the folder that the user stands in.
+
+    Raises:
+        BundleError: it may not.
+    """
     if not target.exists():
         return
+    if target.resolve() == Path.cwd():
+        raise BundleError(
+            f"{target} is the current folder",
+            expected="a folder of its own",
+            hint="a bundle replaces its whole folder; name one, e.g. --out policy.bundle",
+        )
     if not target.is_dir() or not (_is_bundle(target) or not any(target.iterdir())):
         raise BundleError(
             f"{target} exists and is not a bundle",

@@ -33,7 +33,10 @@ class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class Source(_Strict, frozen=True):
-    """Where the weights came from. Hashes are sha256 hex digests; `base_sha256` is over tensors, not files."""
+    """Where the weights came from. Hashes are sha256 hex digests; `base_sha256` is over tensors, not files.
+
+    `base_tensors` counts what the checkpoint lacked and the base directory gave.
+    """
 
     checkpoint: str
     checkpoint_format: str
@@ -41,6 +44,7 @@ class Source(_Strict, frozen=True):
     checkpoint_bytes: int
     weights_sha256: str
     base_sha256: str | None
+    base_tensors: int
     lora_modules: int
     ignored_keys: tuple[str, ...]
 
@@ -244,7 +248,18 @@ class Manifest(_Strict, frozen=True):
     def _check_names(self, origin: Path) -> None:
         """Every file that a stage names must have an integrity record, and lie inside the bundle."""
         named = {graph.file for stage in self.stages.values() for graph in stage.graphs}
-        named |= {stage.weights for stage in self.stages.values()}
+        named |= {stage.weights for stage in self.stages.values()} | {"golden.npz", "token_embedding.npy"}
+        missing = sorted({"vision", "language", "action_head"} - set(self.stages))
+        if not missing:
+            built = {graph.sequence for graph in self.stages["language"].graphs}
+            missing = [f"language graph of bucket {bucket}" for bucket in self.prompt.buckets if bucket not in built]
+        if missing:
+            raise BundleError(
+                f"{origin} lacks parts of a policy",
+                got=f"no {', '.join(missing)}",
+                expected="vision, action_head, and language for every bucket",
+                hint="rebuild the bundle with export/build_engines.py.",
+            )
         unrecorded = sorted(named - set(self.files))
         outside = sorted(
             name for name in self.files if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts

@@ -35,14 +35,25 @@ def action_spec(spec: PolicySpec, config: BuildConfig) -> Action:
             expected="minimum < maximum",
             hint="--action-range -1.15 1.15",
         )
+    if config.action_range is not None and spec.head.kind == "classes":
+        raise ConfigError(
+            "a class head has no range", got="--action-range", hint="--class-speed sets its commands' speed."
+        )
+    if config.action_range is not None and spec.head.kind == "actions_gripper" and maximum <= 0.5:
+        raise ConfigError(
+            "the action range would keep the gripper at -1",
+            got=f"maximum {maximum}",
+            expected="above 0.5",
+            hint="upstream's evaluation scales the gripper's 0 and 1 as well, and takes the sign of what exceeds 0.5.",
+        )
     class_names = _class_names(spec, config)
     names = config.action_names or _default_names(spec)
     columns = 2 if spec.head.kind == "classes" else spec.head.outputs
-    if len(names) != columns:
+    if len(names) != columns or len(set(names)) != columns:
         raise ConfigError(
             "the action names do not fit the head",
             got=", ".join(names),
-            expected=f"{columns} names",
+            expected=f"{columns} different names",
             hint="see --action-names.",
         )
     return Action(
@@ -72,9 +83,11 @@ def _default_names(spec: PolicySpec) -> tuple[str, ...]:
 
 def _class_names(spec: PolicySpec, config: BuildConfig) -> tuple[str, ...]:
     if spec.head.kind != "classes":
+        if config.classes:
+            raise ConfigError("this head has no classes", got="--classes", hint="leave it out.")
         return ()
     names = config.classes or (NINE_CLASSES if spec.head.outputs == len(NINE_CLASSES) else ())
-    if len(names) != spec.head.outputs or not set(names) <= set(_DIRECTIONS):
+    if len(names) != spec.head.outputs or len(set(names)) != len(names) or not set(names) <= set(_DIRECTIONS):
         raise ConfigError(
             f"what the {spec.head.outputs} classes mean must be stated",
             got=" ".join(names) or "nothing",

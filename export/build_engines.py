@@ -26,7 +26,9 @@ def main() -> int:
     reporter = Reporter(STEPS)
     try:
         config = tyro.cli(BuildConfig, description=__doc__, args=_spell_out(sys.argv[1:]))
-        print(build(config, reporter))
+        bundle = build(config, reporter)
+        if not config.dry_run:
+            print(bundle)
     except JetvlaError as error:
         reporter.console.print(f"[bold red]error:[/] {error.__class__.__name__}", markup=True)
         reporter.console.print(str(error), markup=False, soft_wrap=True)

@@ -6,7 +6,6 @@ small machine. An fp16 build whose actions are off promotes stages to fp32 where
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import resource
 import shutil
@@ -19,9 +18,9 @@ import numpy as np
 from bundle.atomic import disk_errors, staged_directory
 from bundle.errors import ParityError
 from bundle.hashing import sha256_file
-from bundle.manifest import File, Precision, Stage
+from bundle.manifest import File, Manifest, Precision, Stage
 from export import verification
-from export.config import BUILD_REPORT, BuildConfig, BuildReport, Input, request_sha256
+from export.config import BUILD_REPORT, BuildConfig, BuildReport, Input, library_versions, request_sha256
 from export.console import Reporter, human_bytes
 from export.conventions import infer_conventions, provisional_packing
 from export.plan import EMBEDDING_WEIGHT, Plan, check_space, make_plan, merged_weights, plan_table, stage_files
@@ -67,9 +66,7 @@ def run(config: BuildConfig, reporter: Reporter) -> None:
                     if promoted is None:
                         verification.release(loaded)
                     report = verification.compare(staging, config, manifest, episodes, reference, reporter)
-                    # Errors build up over a window: a shorter look cannot acquit fp16.
-                    enough = report.frames >= plan.dims.window
-                    if (report.comfortable and enough) or promoted is None:
+                    if report.comfortable or promoted is None:
                         break
                     precisions[promoted] = "fp32"
                     reporter.result(
@@ -89,20 +86,19 @@ def run(config: BuildConfig, reporter: Reporter) -> None:
                     reused_stages=tuple(stage for stage in STAGES if (stage, precisions[stage]) in plan.reusable),
                     seconds=reporter.seconds,
                     peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-                    versions={
-                        name: importlib.metadata.version(name)
-                        for name in ("torch", "transformers", "onnx", "onnxruntime")
-                    },
+                    versions=library_versions(),
                 )
                 (staging / BUILD_REPORT).write_bytes(pretty_json(build_report))
                 files = _record_files(staging, plan.known_files | files)
                 manifest = msgspec.structs.replace(manifest, files=files, parity=report.summary())
                 manifest.save(staging)
+                Manifest.load(staging).verify_sizes(staging)
                 size = sum(record.bytes for record in files.values())
                 reporter.result(f"{target}  {human_bytes(size)}  {report.verdict}")
         except ParityError as error:
             _keep_failure(target, staging, reporter, error)
             raise
+    shutil.rmtree(_failure_folder(target), ignore_errors=True)  # of an earlier build; it would contradict this one
 
 
 def _read_and_plan(config: BuildConfig, reporter: Reporter) -> tuple[LoadedPolicy, Plan]:
@@ -116,6 +112,16 @@ def _read_and_plan(config: BuildConfig, reporter: Reporter) -> tuple[LoadedPolic
         )
         if config.infer_from is not None:
             infer_conventions(config, loaded, reporter)
+        if loaded.from_base:
+            origin = f"{len(loaded.from_base)} tensors taken from {loaded.base.folder}"
+            whole = not any(
+                name.startswith("backbone.") and ".lora_" not in name and name not in loaded.from_base
+                for name in loaded.state
+            )
+            if whole:
+                reporter.result(f"base weights: {origin}")
+            else:
+                reporter.warn(f"the checkpoint holds a part of the backbone only; {origin}: {loaded.from_base[0]}, ...")
         conventions = loaded.policy.conventions
         parameters = sum(tensor.numel() for name, tensor in loaded.state.items() if ".lora_" not in name)
         reporter.result(
@@ -132,6 +138,7 @@ def _read_and_plan(config: BuildConfig, reporter: Reporter) -> tuple[LoadedPolic
         else:
             reporter.result(causal)
         _warn_untrained(loaded, reporter)
+        _warn_doubtful(loaded, reporter)
     with reporter.step("Plan"):
         total = sum(stage_bytes(loaded.state, stage) for stage in STAGES) + config.checkpoint.stat().st_size
         with reporter.bytes_bar("hashing", total) as advance:
@@ -149,9 +156,24 @@ def _warn_untrained(loaded: LoadedPolicy, reporter: Reporter) -> None:
         reporter.warn("the action token is zero: this policy was never trained.")
 
 
+def _warn_doubtful(loaded: LoadedPolicy, reporter: Reporter) -> None:
+    """Policies that load without an error and may still not be what they look like."""
+    spec = loaded.policy.spec
+    few = spec.head.kind == "actions_gripper" and spec.head.outputs < 7
+    if few and loaded.policy.conventions.packing_source.startswith("inferred:"):
+        reporter.warn(
+            f"{spec.head.outputs - 1} arm columns: unmodified upstream cannot train that, early runs of the 2-DoF fork did. "
+            "If this is one, its packing must be stated: --packing, or --infer-from EPISODE."
+        )
+    if spec.head.kind == "actions_gripper" and spec.normalized and spec.maximum <= 0.5:
+        reporter.warn(
+            f"norm_max {spec.maximum} also scales the gripper, as upstream's evaluation does: its command is -1 always."
+        )
+
+
 def _other_inputs(config: BuildConfig, loaded: LoadedPolicy) -> tuple[Input, ...]:
     """Files beside the checkpoint whose change makes the bundle out of date, also those whose appearance does."""
-    paths = [config.tokenizer, config.infer_from, config.verify_episode, *loaded.config_files]
+    paths = [config.tokenizer, config.infer_from, config.verify_episode, *loaded.config_files, *loaded.base.searched]
     if loaded.base.folder is not None:
         paths += [loaded.base.folder / "config.json", loaded.base.folder / TOKENIZER_NAME]
         paths += sorted(loaded.base.folder.glob("model*.safetensors")) if loaded.from_base else []
@@ -235,10 +257,16 @@ def _record_files(staging: Path, known: dict[str, File]) -> dict[str, File]:
     return files
 
 
+def _failure_folder(target: Path) -> Path:
+    return target.with_name(f"{target.name}.failed")
+
+
 def _keep_failure(target: Path, staging: Path, reporter: Reporter, error: ParityError) -> None:
     """Leave report and log of a failed verification beside the target."""
-    folder = target.with_name(f"{target.name}.failed")
+    folder = _failure_folder(target)
     with disk_errors(folder):
+        if folder.is_file():
+            folder.unlink()
         folder.mkdir(exist_ok=True)
         shutil.copyfile(staging / PARITY_REPORT, folder / "parity.json")
         (folder / "build.log").write_text(f"{reporter.log}\n{error}\n")

@@ -7,6 +7,8 @@ request on an intact bundle means there is nothing to do, and saying so must not
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +22,11 @@ from bundle.manifest import Manifest, Packing, Precision
 from runtime.backends.ort import PROVIDERS
 
 BUILD_REPORT = "reports/build.json"
-_CODE = ("bundle", "export", "runtime", "train")
+_CODE = ("bundle", "episodes", "export", "runtime", "train")
+_LIBRARIES = ("torch", "transformers", "peft", "onnx", "onnxruntime", "numpy", "pillow", "tokenizers")
 _ROOT = Path(__file__).resolve().parent.parent
+# Kosmos-2's max_position_embeddings.
+_MAX_PROMPT = 2048
 # A build names its backend: parity is a statement about one.
 _CHOICES = {
     "precision": get_args(Precision),
@@ -104,12 +109,21 @@ class BuildConfig:
             raise ConfigError(
                 "an instruction is empty", hint="leave --instruction out, or say what the robot should do."
             )
-        if self.max_prompt_tokens < 2:
+        if not 2 <= self.max_prompt_tokens <= _MAX_PROMPT:
+            size = "small" if self.max_prompt_tokens < 2 else "large"
             raise ConfigError(
-                "max_prompt_tokens is too small",
+                f"max_prompt_tokens is too {size}",
                 got=self.max_prompt_tokens,
-                expected="at least 2",
+                expected=f"at least 2, at most {_MAX_PROMPT}",
                 hint="64 is the default.",
+            )
+        numbers = (*(self.action_range or ()), self.class_speed)
+        if not all(math.isfinite(number) for number in numbers):
+            raise ConfigError(
+                "action_range or class_speed is not finite",
+                got=", ".join(map(str, numbers)),
+                expected="finite numbers",
+                hint="for example --action-range -1.15 1.15",
             )
 
         if self.verify_frames < 0:
@@ -130,17 +144,18 @@ class Input(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A file that a build read or looked for, as it was then; an absent one has -1 bytes."""
 
     path: str
+    target: str
     bytes: int
     modified_ns: int
 
     @classmethod
     def of(cls, path: Path) -> Input:
-        """The file's present state."""
+        """The file's present state; `target` is what its path leads to through links."""
         try:
             status = path.stat()
         except OSError:
-            return cls(str(path.resolve()), -1, -1)
-        return cls(str(path.resolve()), status.st_size, status.st_mtime_ns)
+            return cls(str(path.absolute()), "", -1, -1)
+        return cls(str(path.absolute()), str(path.resolve()), status.st_size, status.st_mtime_ns)
 
 
 class BuildReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -170,11 +185,16 @@ def code_sha256(files: Iterable[str] | None = None) -> str:
 def request_sha256(config: BuildConfig) -> str:
     """Hash of everything that decides a bundle except the contents of its input files."""
     options = {
-        name: str(value.resolve()) if isinstance(value, Path) else value
+        name: str(value.absolute()) if isinstance(value, Path) else value
         for name, value in vars(config).items()
         if name not in ("out", "force", "dry_run")
     }
-    return hashlib.sha256(msgspec.json.encode([options, code_sha256()], order="sorted")).hexdigest()
+    return hashlib.sha256(msgspec.json.encode([options, code_sha256(), library_versions()], order="sorted")).hexdigest()
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of what a build computes with."""
+    return {name: importlib.metadata.version(name) for name in _LIBRARIES}
 
 
 def is_up_to_date(config: BuildConfig) -> bool:

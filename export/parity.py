@@ -151,8 +151,11 @@ def compare(
     cosine_min = float(np.min([item.cosine for item in features]))
     # numpy's maxima keep a NaN, Python's lose it.
     action_max = float(np.max(errors))
+    full_window = max(len(episode.frames) for episode in episodes) > policy.window
     precision = policy.manifest.precision
-    verdict, reasons = judge(precision, feature_cosine=cosine_min, action_error=action_max, spread=spread)
+    verdict, reasons = judge(
+        precision, feature_cosine=cosine_min, action_error=action_max, spread=spread, full_window=full_window
+    )
     action = policy.manifest.action
     return ParityReport(
         verdict=verdict,
@@ -174,9 +177,9 @@ def compare(
 
 
 def judge(
-    precision: Precision, *, feature_cosine: float, action_error: float, spread: float
+    precision: Precision, *, feature_cosine: float, action_error: float, spread: float, full_window: bool = True
 ) -> tuple[Verdict, tuple[str, ...]]:
-    """Apply LIMITS; a NaN fails."""
+    """Apply LIMITS; a NaN fails. Without more frames than a window in one episode (`full_window`), nothing passes."""
     limits = LIMITS[precision]
     reasons = []
     verdicts: list[Verdict] = ["PASS"]
@@ -202,6 +205,9 @@ def judge(
         reasons.append(
             f"the reference's actions barely change over the frames ({spread:.1e}), so their agreement proves little"
         )
+    if not full_window:
+        verdicts.append("WARN")
+        reasons.append("no episode was longer than the window, over which errors build up and after which it slides")
     return max(verdicts, key=_ORDER.index), tuple(reasons)
 
 

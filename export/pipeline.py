@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bundle.atomic import exclusive
+from bundle.atomic import exclusive, refuse_foreign
 from bundle.errors import CheckpointError
 from bundle.manifest import Manifest
 from export.config import BuildConfig, is_up_to_date
@@ -48,5 +48,6 @@ def build(config: BuildConfig, reporter: Reporter | None = None) -> Path:
         builder.dry_run(config, reporter)
         return target
     with exclusive(target):
+        refuse_foreign(target)  # before minutes of work
         builder.run(config, reporter)
     return target

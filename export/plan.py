@@ -48,6 +48,15 @@ from train.policy import CLIP_MEAN, CLIP_STD
 EMBEDDING_WEIGHT = "backbone.text_model.model.embed_tokens.weight"
 # Sources whose change must rebuild a stage.
 _GRAPH_CODE = ("export/onnx_ops.py", "export/ops.py", "export/stages.py", "export/to_onnx.py", "export/weights.py")
+# The dimensions and conventions that each stage's code reads; tests hold this against what it really reads.
+_STAGE_DIMS = {
+    "vision": (
+        "image_size", "patch", "patches", "vision_width", "vision_layers", "vision_heads", "vision_eps", "width", "heads", "latents",
+        "cameras", "image_tokens", "embed_scale", "x_attn_causal", "mean", "std",
+    ),
+    "language": ("width", "layers", "heads", "eps", "image_tokens", "head", "feature"),
+    "action_head": ("window", "chunk", "head", "hidden", "feature"),
+}  # fmt: skip
 _DEFAULT_INSTRUCTION = "Navigate to the gray basket on the left"
 _NO_NORM = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 # Weight bytes that fp32 instead of fp16 may add to a stage before it counts as a cost: 0.16 ms of an Orin NX's memory bandwidth.
@@ -67,7 +76,7 @@ class Plan:
         sizes: fp32 bytes per stage.
         reusable: stages of the present bundle with a key of this plan, by stage and precision.
         known_files: integrity records of the reusable stages' files, just checked.
-        episodes: token ids of the verification prompts.
+        prompts: token ids to verify with, every bucket among them.
     """
 
     manifest: Manifest
@@ -76,7 +85,7 @@ class Plan:
     sizes: dict[str, int]
     reusable: dict[tuple[str, Precision], Stage]
     known_files: dict[str, File]
-    episodes: tuple[tuple[int, ...], ...]
+    prompts: tuple[tuple[int, ...], ...]
     tokenizer: Path | None
 
     def precisions(self) -> dict[str, Precision]:
@@ -108,9 +117,9 @@ def make_plan(config: BuildConfig, loaded: LoadedPolicy, advance: Callable[[int]
             hint="position embeddings are not interpolated; train and deploy at the base's size.",
         )
     weights = merged_weights(loaded)
-    hashes = {stage: stage_sha256(weights, stage, advance) for stage in STAGES}
+    hashes = {part: stage_sha256(weights, part, advance) for part in (*STAGES, "embedding")}
     tokenizer = tokenizer_of(config, loaded)
-    prompt, episodes = _prompt(config, loaded, dims, tokenizer)
+    prompt, prompts = _prompt(config, loaded, dims, tokenizer)
     keys = {
         (stage, precision): _stage_key(stage, precision, hashes[stage], dims, prompt.buckets)
         for stage in STAGES
@@ -127,6 +136,7 @@ def make_plan(config: BuildConfig, loaded: LoadedPolicy, advance: Callable[[int]
             checkpoint_bytes=config.checkpoint.stat().st_size,
             weights_sha256=hashlib.sha256(repr(sorted(hashes.items())).encode()).hexdigest(),
             base_sha256=loaded.base_sha256 or loaded.raw.recorded.get("base_sha256"),
+            base_tensors=len(loaded.from_base),
             lora_modules=len(policy.adapted),
             ignored_keys=loaded.ignored,
         ),
@@ -157,7 +167,7 @@ def make_plan(config: BuildConfig, loaded: LoadedPolicy, advance: Callable[[int]
     )
     sizes = {stage: stage_bytes(loaded.state, stage) for stage in STAGES}
     reusable, known_files = ({}, {}) if config.force else _reusable(config.target, keys)
-    return Plan(manifest, dims, keys, sizes, reusable, known_files, episodes, tokenizer)
+    return Plan(manifest, dims, keys, sizes, reusable, known_files, prompts, tokenizer)
 
 
 def preprocessing_of(config: BuildConfig, spec: PolicySpec) -> Preprocessing:
@@ -230,7 +240,7 @@ def stage_files(entry: Stage) -> tuple[str, ...]:
 def _prompt(
     config: BuildConfig, loaded: LoadedPolicy, dims: StageDims, tokenizer: Path | None
 ) -> tuple[Prompt, tuple[tuple[int, ...], ...]]:
-    """The manifest's prompt part, and two prompts to verify with."""
+    """The manifest's prompt part, and the prompts to verify with: two, and one for each bucket that they leave out."""
     policy, text = loaded.policy, loaded.base.kosmos.text_config
     instructions = tuple(
         Instruction(text=item, token_ids=tokens_of(item, config, loaded)) for item in config.instruction
@@ -239,23 +249,29 @@ def _prompt(
     if not prompts and tokenizer is not None:
         prompts = [tokens_of(_DEFAULT_INSTRUCTION, config, loaded)]
     elif not prompts:
-        prompts = [_made_up_tokens(text.vocab_size)]
+        prompts = [_made_up_tokens(text.vocab_size, 16, text.eos_token_id)]
     padded = [pad_tokens(item, config.pad_prompt_to, text.pad_token_id) for item in prompts]
-    longest: tuple[int, ...] = (0,) * (config.max_prompt_tokens - 1) + (text.eos_token_id,)
+    longest = _made_up_tokens(text.vocab_size, config.max_prompt_tokens, text.eos_token_id)
     if config.pad_prompt_to is not None:
         # In a padded prompt </s> is not the last column, and stays in front of the action token.
         longest = pad_tokens(longest[: config.pad_prompt_to], config.pad_prompt_to, text.pad_token_id)
-    lengths = [
-        layout(
-            ids,
-            packing=policy.conventions.packing,
-            image_tokens=dims.image_tokens,
-            latent=dims.head.latent,
-            pad_id=text.pad_token_id,
-        ).length
-        for ids in (*padded, longest)
-    ]
-    buckets = tuple(sorted({round_up(length) for length in lengths}))
+    candidates = [padded[0], padded[-1], *padded[1:-1], longest]
+    bucket_of = {
+        ids: round_up(
+            layout(
+                ids,
+                packing=policy.conventions.packing,
+                image_tokens=dims.image_tokens,
+                latent=dims.head.latent,
+                pad_id=text.pad_token_id,
+            ).length
+        )
+        for ids in candidates
+    }
+    verified = candidates[:2]
+    for ids in candidates[2:]:
+        if bucket_of[ids] not in {bucket_of[known] for known in verified}:
+            verified.append(ids)
     spec = Prompt(
         packing=policy.conventions.packing,
         packing_source=policy.conventions.packing_source,
@@ -264,15 +280,16 @@ def _prompt(
         eos_id=text.eos_token_id,
         pad_to=config.pad_prompt_to,
         embed_scale=dims.embed_scale,
-        buckets=buckets,
+        buckets=tuple(sorted(set(bucket_of.values()))),
         instructions=instructions,
     )
-    return spec, (padded[0], padded[-1])
+    return spec, tuple(verified)
 
 
-def _made_up_tokens(vocab: int) -> tuple[int, ...]:
-    """A prompt for verification where no tokenizer is at hand: <s>, 14 tokens, </s>."""
-    return (0, *(int(token) for token in np.random.default_rng(0).integers(3, vocab, 14)), 2)
+def _made_up_tokens(vocab: int, count: int, eos: int) -> tuple[int, ...]:
+    """A prompt of `count` tokens without words, for lengths and for bases without a tokenizer."""
+    words = np.random.default_rng(0).integers(3, vocab, count - 2)
+    return (0, *(int(word) for word in words), eos)
 
 
 def _stage_key(stage: str, precision: Precision, weights: str, dims: StageDims, buckets: tuple[int, ...]) -> str:
@@ -282,7 +299,7 @@ def _stage_key(stage: str, precision: Precision, weights: str, dims: StageDims, 
         "weights": weights,
         "code": code_sha256(_GRAPH_CODE),
         "precision": precision,
-        "dims": dims,
+        "dims": {name: getattr(dims, name) for name in _STAGE_DIMS[stage]},
         "buckets": buckets if stage == "language" else (),
         "calibration": None,
     }
@@ -311,4 +328,4 @@ def _reusable(
 
 
 def _is_intact(path: Path, record: File | None) -> bool:
-    return record is not None and path.exists() and sha256_file(path) == record.sha256
+    return record is not None and path.is_file() and sha256_file(path) == record.sha256

@@ -27,14 +27,19 @@ from train.checkpoint import LoadedPolicy
 from train.policy import ReferenceStep
 
 PARITY_REPORT = "reports/parity.json"
+# Frames for buckets beyond the first two prompts: they share all weights, only the length of the row is new.
+_GLANCE = 2
 
 
 def verification_episodes(config: BuildConfig, plan: Plan) -> list[parity.Episode]:
-    """Two verification episodes of more than a window each; between them lies a reset."""
+    """Two episodes of more than a window each with a reset between them, and a glance at every other bucket."""
     window = plan.dims.window
-    counts = (config.verify_frames or window + 4, config.verify_frames or window + 2)
+    others = len(plan.prompts) - 2
+    counts = (config.verify_frames or window + 4, config.verify_frames or window + 2, *[_GLANCE] * others)
     if config.verify_episode is not None:
-        recorded = read_resized(config.verify_episode, plan.manifest.preprocessing, plan.dims.image_size).frames
+        recorded = read_resized(
+            config.verify_episode, plan.manifest.preprocessing, plan.dims.image_size, limit=max(counts)
+        ).frames
         frames = [np.resize(recorded, (count, *recorded.shape[1:])) for count in counts]  # repeats a short episode
     else:
         size, cameras = plan.dims.image_size, plan.dims.cameras
@@ -42,7 +47,7 @@ def verification_episodes(config: BuildConfig, plan: Plan) -> list[parity.Episod
     pad = plan.manifest.prompt.pad_id
     return [
         parity.Episode(pictures, ids, tuple(int(token != pad) for token in ids))
-        for pictures, ids in zip(frames, plan.episodes, strict=True)
+        for pictures, ids in zip(frames, plan.prompts, strict=True)
     ]
 
 

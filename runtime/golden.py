@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bundle.errors import BackendError
+from bundle.errors import BackendError, BundleError
 
 if TYPE_CHECKING:
     from runtime.policy import Policy
@@ -49,8 +50,13 @@ class Golden:
     @classmethod
     def load(cls, folder: Path) -> Golden:
         """Read folder/golden.npz (arrays only; pickled objects are refused)."""
-        with np.load(folder / GOLDEN_NAME, allow_pickle=False) as arrays:
-            return cls(arrays["frames"], arrays["token_ids"], arrays["feature"], arrays["action"])
+        try:
+            with np.load(folder / GOLDEN_NAME, allow_pickle=False) as arrays:
+                return cls(arrays["frames"], arrays["token_ids"], arrays["feature"], arrays["action"])
+        except (ValueError, KeyError, EOFError, OSError, BadZipFile) as error:
+            raise BundleError(
+                f"{folder / GOLDEN_NAME} is damaged", got=error, hint="copy the bundle again, or rebuild it."
+            ) from None
 
 
 def cosine(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:

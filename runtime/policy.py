@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from bundle.errors import BackendError, FrameError, PromptError
+from bundle.errors import BackendError, BundleError, FrameError, PromptError
 from bundle.manifest import MANIFEST_NAME, Manifest
 from runtime import golden
 from runtime.actions import denormalize
@@ -53,9 +53,9 @@ class Policy:
     def __init__(self, folder: Path, manifest: Manifest, backend: Backend) -> None:
         self.manifest = manifest
         self.backend = backend.name
-        self._folder = folder
+        self._folder = folder.resolve()  # the process may change its folder, and a link what it points to
         self._backend = backend
-        self._embedding: NDArray[np.floating] = np.load(folder / EMBEDDING_NAME, mmap_mode="r")
+        self._embedding = _load_embedding(folder / EMBEDDING_NAME)
         self._vision = backend.load(folder, manifest.graph("vision"))
         self._action_head = backend.load(folder, manifest.graph("action_head"))
         self._language: Stage | None = None
@@ -134,12 +134,15 @@ class Policy:
             BackendError: the language graph of another bucket cannot be loaded.
         """
         spec = self.manifest.prompt
+        self._check_unreplaced()
         if (instruction is None) == (token_ids is None):
             raise PromptError("reset needs an instruction or token_ids", hint="pass exactly one of them.")
         if instruction is not None:
             ids = token_ids_of(instruction, spec, self._folder / TOKENIZER_NAME)
-            token_ids = pad_tokens(ids, spec.pad_to, spec.pad_id)
+            token_ids = ids
         assert token_ids is not None
+        if attention_mask is None and np.ndim(token_ids) == 1:
+            token_ids = pad_tokens(token_ids, spec.pad_to, spec.pad_id)
         slots = layout(
             token_ids,
             packing=spec.packing,
@@ -164,6 +167,22 @@ class Policy:
         self._prompt = prompt
         for state in self._states.values():
             state.fill(0)
+
+    def _check_unreplaced(self) -> None:
+        """Graphs of other buckets, embeddings and tokenizer are read when needed: they must be this bundle's still.
+
+        Raises:
+            BundleError: another bundle has been published in its place.
+        """
+        if (
+            self.manifest.manifest_sha256
+            and Manifest.load(self._folder).manifest_sha256 != self.manifest.manifest_sha256
+        ):
+            raise BundleError(
+                f"{self._folder} was replaced while it was in use",
+                expected="the bundle that this policy was loaded from",
+                hint="load the policy again; a running episode can go on until its next reset.",
+            )
 
     def clear(self) -> None:
         """Forget instruction and history; the next `step` needs a `reset`."""
@@ -204,7 +223,7 @@ class Policy:
             assert view is not None
             row[:] = resize(view, preprocessing, self.manifest.dimensions.image_size)
         chunk = self.step_resized(self._frames, start=start)
-        if not np.isfinite(chunk.normalized).all():
+        if not (np.isfinite(chunk.normalized).all() and np.isfinite(chunk.values).all()):
             raise BackendError(
                 f"{self.backend} gave an action that is not finite",
                 got=f"{np.count_nonzero(~np.isfinite(chunk.normalized))} of {chunk.normalized.size} numbers",
@@ -256,3 +275,16 @@ class Policy:
             for name, state in self._states.items():
                 state[:] = outputs[f"next_{name}"]
         return outputs["action"].astype(np.float32, copy=False)
+
+
+def _load_embedding(path: Path) -> NDArray[np.floating]:
+    """The embedding table, memory-mapped.
+
+    Raises:
+        BundleError: not a numpy array.
+    """
+    try:
+        table: NDArray[np.floating] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise BundleError(f"{path} is damaged", got=error, hint="copy the bundle again, or rebuild it.") from None
+    return table

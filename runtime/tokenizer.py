@@ -51,6 +51,9 @@ def tokenize(instruction: str, template: str, tokenizer: Path, *, known: tuple[s
                     expected="a tokenizer.json of Hugging Face",
                     hint="copy it from the base model's directory again.",
                 ) from None
+            # A tokenizer.json may carry padding and truncation of whoever saved it; the policy's prompt has neither.
+            loaded.no_padding()
+            loaded.no_truncation()
             return tuple(loaded.encode(template.format(instruction=text)).ids)
         missing = f"there is no {tokenizer}"
     raise PromptError(

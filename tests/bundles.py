@@ -187,6 +187,7 @@ def _manifest(tiny: Tiny) -> Manifest:
             checkpoint_bytes=12345,
             weights_sha256="d" * 64,
             base_sha256=None,
+            base_tensors=0,
             lora_modules=0,
             ignored_keys=("model.lm_head.weight",),
         ),

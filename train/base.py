@@ -30,10 +30,12 @@ class Base:
     Attributes:
         folder: the Hugging Face directory, or None if none was found.
         kosmos: dimensions; from config.json, else those of microsoft/kosmos-2-patch14-224.
+        searched: config files that were looked for before this one, and would have won.
     """
 
     folder: Path | None
     kosmos: Kosmos2Config
+    searched: tuple[Path, ...] = ()
 
     @property
     def tokenizer(self) -> Path | None:
@@ -63,9 +65,11 @@ def find_base(checkpoint: Path, *, explicit: Path | None, written: str | None, s
                 hint="pass the folder that holds config.json and tokenizer.json with --base.",
             )
         return Base(explicit, _read_config(explicit))
+    searched: list[Path] = []
     for folder in _places(checkpoint, written):
         if (folder / "config.json").exists() and _is_kosmos(folder / "config.json"):
-            return Base(folder, _read_config(folder))
+            return Base(folder, _read_config(folder), tuple(searched))
+        searched.append(folder / "config.json")
     widths = {
         "vision": state.get("backbone.vision_model.model.embeddings.class_embedding"),
         "text": state.get("backbone.text_model.model.layer_norm.weight"),
@@ -78,7 +82,7 @@ def find_base(checkpoint: Path, *, explicit: Path | None, written: str | None, s
             expected=f"that directory, or the widths of microsoft/kosmos-2-patch14-224 {_REAL_WIDTHS}",
             hint="pass the Kosmos-2 directory (config.json, tokenizer.json) with --base DIR.",
         )
-    return Base(None, Kosmos2Config())
+    return Base(None, Kosmos2Config(), tuple(searched))
 
 
 def base_weights(folder: Path) -> dict[str, Tensor]:

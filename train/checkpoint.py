@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from train.config import PolicySpec, policy_spec, read_chain
 from train.keys import KeyMap, lora_modules, map_keys
 from train.policy import Conventions, KosmosPolicy
 
+T = TypeVar("T")
 _LISTED = 12
 
 
@@ -118,7 +119,7 @@ def decide_conventions(
     if packing != "auto":
         chosen, source = packing, "stated by the user"
     elif "packing" in raw.recorded:
-        chosen, source = ("fork_overwrite" if raw.recorded["packing"] == "fork_overwrite" else "upstream"), "recorded"
+        chosen, source = _recorded(raw, "packing", {name: name for name in get_args(Packing)}), "recorded"
     elif spec.fork:
         raise ConfigError(
             f"{raw.path.name} comes from the 2-DoF fork, and nothing in it tells how its rows were packed",
@@ -138,10 +139,24 @@ def decide_conventions(
     if x_attn_causal is not None:
         return Conventions(chosen, source, x_attn_causal, "stated by the user")
     if "x_attn_causal" in raw.recorded:
-        return Conventions(chosen, source, raw.recorded["x_attn_causal"] == "true", "recorded")
+        causal = _recorded(raw, "x_attn_causal", {"true": True, "false": False})
+        return Conventions(chosen, source, causal, "recorded")
     return Conventions(
         chosen, source, False, "assumed: the pinned transformers 4.41 of both codes has no causal resampler"
     )
+
+
+def _recorded(raw: RawCheckpoint, key: str, meanings: Mapping[str, T]) -> T:
+    """A recorded fact, by its exact spelling."""
+    value = raw.recorded[key]
+    if value not in meanings:
+        raise CheckpointError(
+            f"{raw.path.name} records an unknown {key}",
+            got=repr(value),
+            expected=", ".join(meanings),
+            hint="the file was edited, or written by a newer jetvla; state it on the command line instead.",
+        )
+    return meanings[value]
 
 
 def save_small(loaded: LoadedPolicy, path: Path) -> None:
@@ -173,15 +188,16 @@ def save_small(loaded: LoadedPolicy, path: Path) -> None:
 
 
 def _find_config(raw: RawCheckpoint, explicit: Path | None) -> tuple[dict[str, Any], tuple[Path, ...]]:
-    """The training config and the files that it was read from."""
+    """The training config, and the files that it was read from or that would have won had they been there."""
     if explicit is not None:
         return read_chain(explicit)
     if raw.config is not None:
         return raw.config, ()
     beside = [raw.path.with_suffix(".json"), raw.path.parent / "config.json"]
-    for candidate in beside:
+    for index, candidate in enumerate(beside):
         if candidate.exists():
-            return read_chain(candidate)
+            settings, files = read_chain(candidate)
+            return settings, (*beside[:index], *files)
     raise ConfigError(
         f"{raw.path.name} carries no training config",
         got="no hyper_parameters.configs, no " + " or ".join(candidate.name for candidate in beside) + " beside it",

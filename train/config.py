@@ -161,7 +161,7 @@ def policy_spec(config: dict[str, Any]) -> PolicySpec:
         normalized=bool(config.get("norm_action", False)),
         minimum=minimum,
         maximum=maximum,
-        mu=_number(config, "mu_val", default=_MU_DEFAULT) if config.get("use_mu_law", False) else None,
+        mu=_mu(config) if config.get("use_mu_law", False) else None,
         fork=head_type.startswith("MobileVLA") or str(config.get("trainer_type", "")).startswith("MobileVLA"),
         base_path=base_path if isinstance(base_path, str) else None,
         prompt_template=_PROMPT_TEMPLATE,
@@ -175,7 +175,8 @@ def _refuse_rare(config: dict[str, Any]) -> None:
         "model": config.get("model", "kosmos") != "kosmos",
         "use_vision_resampler": bool(config.get("use_vision_resampler", False)),
         "fwd_head": config.get("fwd_head") is not None,
-        "use_state": bool(config.get("use_state", False)),
+        "tcp_rel": bool(config.get("tcp_rel", False)),
+        "regular_action": bool(config.get("regular_action", False)),
         "act_head.history_type": act.get("history_type", "post") != "post",
         "act_head.action_space": act.get("action_space", "continuous") != "continuous",
         "act_head.down_sample": act.get("down_sample", "none") not in ("none", "pooling"),
@@ -246,6 +247,13 @@ def _number(section: dict[str, Any], key: str, prefix: str = "", default: float 
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise _unusable(prefix + key, value, "a finite number")
     return float(value)
+
+
+def _mu(config: dict[str, Any]) -> float:
+    value = _number(config, "mu_val", default=_MU_DEFAULT)
+    if value <= 0:
+        raise _unusable("mu_val", value, "a number above 0")
+    return value
 
 
 def _get(section: dict[str, Any], key: str, kind: type, path: str) -> Any:

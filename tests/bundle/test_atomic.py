@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -166,8 +167,8 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypat
     write_bytes(tmp_path / "file", b"content")
 
     assert calls == [
-        f"fsync .file.{os.getpid()}.tmp",
-        f"replace .file.{os.getpid()}.tmp file",
+        f"fsync .file.{threading.get_native_id()}.{os.getpid()}.tmp",
+        f"replace .file.{threading.get_native_id()}.{os.getpid()}.tmp file",
         f"fsync {tmp_path.name}",
     ]
 
@@ -624,9 +625,9 @@ def test_a_link_and_its_target_have_one_lock(tmp_path: Path) -> None:
 def test_the_working_directory_as_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x").mkdir()
     monkeypatch.chdir(tmp_path / "x")
-    with exclusive(Path()), staged_directory(Path()) as staging:
-        make(staging, "new")
-    assert labels(tmp_path / "x") == NEW_BUNDLE
+    with pytest.raises(BundleError, match="is the current folder"), exclusive(Path()), staged_directory(Path()):
+        pytest.fail("the user's shell would stand in a removed folder")
+    assert list((tmp_path / "x").iterdir()) == []
 
 
 def test_no_lock_on_a_read_only_disk(small_disk: Path) -> None:

@@ -51,6 +51,7 @@ sources = st.builds(
     checkpoint_bytes=sizes,
     weights_sha256=texts,
     base_sha256=st.none() | texts,
+    base_tensors=sizes,
     lora_modules=sizes,
     ignored_keys=tuples(texts),
 )

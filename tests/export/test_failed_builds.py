@@ -211,7 +211,7 @@ REFUSALS = (
     Refusal(
         "too many names",
         ConfigError,
-        ("the action names do not fit the head", "expected: 7 names"),
+        ("the action names do not fit the head", "expected: 7 different names"),
         config={"action_names": ("linear_x", "linear_y")},
     ),
     Refusal(

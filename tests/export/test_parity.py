@@ -120,7 +120,7 @@ def ignore() -> None:
     pass
 
 
-def episodes(policy: KosmosPolicy, count: int = 4) -> list[Episode]:
+def episodes(policy: KosmosPolicy, count: int = 9) -> list[Episode]:
     cameras = 2 if policy.spec.hand_camera else 1
     return [
         Episode(random_frames(count, cameras, 224, seed=seed), ids, (1,) * len(ids))
@@ -172,7 +172,7 @@ def test_a_right_bundle_passes_with_everything_in_the_report(case: Callable[...,
     assert report.verdict == "PASS"
     assert report.reasons == ()
     assert report.comfortable
-    assert (report.frames, report.episodes, len(advanced)) == (8, 2, 8)
+    assert (report.frames, report.episodes, len(advanced)) == (18, 2, 18)
     assert report.feature_cosine > 0.9999999
     assert report.action_max_error < 2e-5
     assert report.spread == pytest.approx(np.std([step.action for run in steps for step in run], axis=0).max())
@@ -357,7 +357,7 @@ def test_the_reference_forgets_between_episodes(case: Callable[..., Case]) -> No
     """The second episode gives the same whether or not there was a first."""
     right = case()
     both, alone = reference(right.policy, right.episodes), reference(right.policy, right.episodes[1:])
-    assert [len(run) for run in both] == [4, 4]
+    assert [len(run) for run in both] == [9, 9]
     for step, other in zip(both[1], alone[0], strict=True):
         np.testing.assert_array_equal(step.action, other.action)
     assert np.abs(both[0][0].feature - both[1][0].feature).max() > 1e-2

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from bundle.errors import BackendError
+from bundle.errors import BackendError, BundleError
 from bundle.manifest import Manifest
 from runtime import golden
 from runtime.backends.fake import FakeBackend
@@ -68,7 +68,7 @@ def test_nothing_in_it_can_run(tmp_path: Path) -> None:
 
     evil = np.array([Payload()], dtype=object)
     np.savez(tmp_path / "golden.npz", frames=evil, token_ids=evil, feature=evil, action=evil)
-    with pytest.raises(ValueError, match="Object arrays cannot be loaded"):
+    with pytest.raises(BundleError, match="Object arrays cannot be loaded"):
         Golden.load(tmp_path)
     assert not (tmp_path / "ran").exists()
 

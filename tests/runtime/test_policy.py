@@ -249,7 +249,7 @@ def test_text_is_padded_where_the_deployment_padded(tiny_bundle: TinyBundle) -> 
         policy.reset(**arguments)  # type: ignore[arg-type]
         chunks.append(policy.step(FRAMES[0]))
     assert_same(chunks[:1], chunks[1:2])
-    assert (chunks[2].feature != chunks[0].feature).all()
+    assert_same(chunks[:1], chunks[2:])  # ids without padding get it as well
 
 
 @pytest.mark.parametrize(
