@@ -14,7 +14,7 @@ import torch
 from transformers.models.kosmos2.modeling_kosmos2 import Kosmos2ForConditionalGeneration
 
 from bundle.manifest import Packing
-from export.weights import MergedWeights
+from export.plan import merged_weights
 from runtime.golden import Golden
 from train.checkpoint import load, materialize_tables
 from train.policy import normalize_frames
@@ -24,8 +24,7 @@ def eager_step(checkpoint: Path, packing: Packing | Literal["auto"], golden: Gol
     """A function that runs one frame and the golden prompt through the model: adapters merged, LM head included, all slots."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     loaded = load(checkpoint, packing=packing)
-    lora = loaded.policy.spec.lora
-    weights = MergedWeights(loaded.state, lora.scaling if lora else 0.0)
+    weights = merged_weights(loaded)
     with torch.device("meta"):
         model = Kosmos2ForConditionalGeneration._from_config(loaded.base.kosmos, attn_implementation="eager")
     state = {}

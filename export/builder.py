@@ -112,16 +112,7 @@ def _read_and_plan(config: BuildConfig, reporter: Reporter) -> tuple[LoadedPolic
         )
         if config.infer_from is not None:
             infer_conventions(config, loaded, reporter)
-        if loaded.from_base:
-            origin = f"{len(loaded.from_base)} tensors taken from {loaded.base.folder}"
-            whole = not any(
-                name.startswith("backbone.") and ".lora_" not in name and name not in loaded.from_base
-                for name in loaded.state
-            )
-            if whole:
-                reporter.result(f"base weights: {origin}")
-            else:
-                reporter.warn(f"the checkpoint holds a part of the backbone only; {origin}: {loaded.from_base[0]}, ...")
+        _report_base(loaded, reporter)
         conventions = loaded.policy.conventions
         parameters = sum(tensor.numel() for name, tensor in loaded.state.items() if ".lora_" not in name)
         reporter.result(
@@ -140,12 +131,25 @@ def _read_and_plan(config: BuildConfig, reporter: Reporter) -> tuple[LoadedPolic
         _warn_untrained(loaded, reporter)
         _warn_doubtful(loaded, reporter)
     with reporter.step("Plan"):
-        total = sum(stage_bytes(loaded.state, stage) for stage in STAGES) + config.checkpoint.stat().st_size
+        weights = sum(stage_bytes(loaded.state, part) for part in (*STAGES, "embedding"))
+        total = weights + config.checkpoint.stat().st_size
         with reporter.bytes_bar("hashing", total) as advance:
             plan = make_plan(config, loaded, advance)
         reporter.result(f"sequence buckets {', '.join(map(str, plan.manifest.prompt.buckets))}")
         reporter.table(plan_table(plan, loaded))
     return loaded, plan
+
+
+def _report_base(loaded: LoadedPolicy, reporter: Reporter) -> None:
+    """Say what the base directory gave; a checkpoint with a part of the backbone may be a damaged one."""
+    if not loaded.from_base:
+        return
+    origin = f"{len(loaded.from_base)} tensors taken from {loaded.base.folder}"
+    own = {name for name in loaded.state if name.startswith("backbone.") and ".lora_" not in name}
+    if own <= set(loaded.from_base):
+        reporter.result(f"base weights: {origin}")
+    else:
+        reporter.warn(f"the checkpoint holds a part of the backbone only; {origin}: {loaded.from_base[0]}, ...")
 
 
 def _warn_untrained(loaded: LoadedPolicy, reporter: Reporter) -> None:

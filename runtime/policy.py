@@ -53,7 +53,8 @@ class Policy:
     def __init__(self, folder: Path, manifest: Manifest, backend: Backend) -> None:
         self.manifest = manifest
         self.backend = backend.name
-        self._folder = folder.resolve()  # the process may change its folder, and a link what it points to
+        folder = folder.resolve()  # the process may change its folder, and a link what it points to
+        self._folder = folder
         self._backend = backend
         self._embedding = _load_embedding(folder / EMBEDDING_NAME)
         self._vision = backend.load(folder, manifest.graph("vision"))
@@ -131,6 +132,7 @@ class Policy:
 
         Raises:
             PromptError: neither or both given, cannot be tokenised, or longer than the bundle's buckets.
+            BundleError: another bundle has been published in this one's place.
             BackendError: the language graph of another bucket cannot be loaded.
         """
         spec = self.manifest.prompt
@@ -138,8 +140,7 @@ class Policy:
         if (instruction is None) == (token_ids is None):
             raise PromptError("reset needs an instruction or token_ids", hint="pass exactly one of them.")
         if instruction is not None:
-            ids = token_ids_of(instruction, spec, self._folder / TOKENIZER_NAME)
-            token_ids = ids
+            token_ids = token_ids_of(instruction, spec, self._folder / TOKENIZER_NAME)
         assert token_ids is not None
         if attention_mask is None and np.ndim(token_ids) == 1:
             token_ids = pad_tokens(token_ids, spec.pad_to, spec.pad_id)

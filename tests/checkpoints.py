@@ -8,8 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+
+from train.synthetic import SyntheticFiles, SyntheticOptions, make_checkpoint
 
 # Two instructions of the 2-DoF data; they differ in one word.
 GO_LEFT = "Navigate to the gray basket on the left"
@@ -17,6 +20,19 @@ GO_RIGHT = "Navigate to the gray basket on the right"
 
 Edit = Callable[[dict[str, Any]], object]
 Variant = Callable[[Edit], Path]
+MakeSynthetic = Callable[[SyntheticOptions], SyntheticFiles]
+
+
+def make_once(folders: pytest.TempPathFactory) -> MakeSynthetic:
+    """Options to files; equal options give the same files, so tests must not change them."""
+    made: dict[SyntheticOptions, SyntheticFiles] = {}
+
+    def make(options: SyntheticOptions) -> SyntheticFiles:
+        if options not in made:
+            made[options] = make_checkpoint(folders.mktemp("checkpoint"), options)
+        return made[options]
+
+    return make
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from export.pipeline import BuildConfig, build
+from tests.checkpoints import MakeSynthetic, make_once
 from tests.export.builds import QUICK
-from train.synthetic import SyntheticFiles, SyntheticOptions, make_checkpoint
+from train.synthetic import SyntheticFiles, SyntheticOptions
 
-MakeSynthetic = Callable[[SyntheticOptions], SyntheticFiles]
 Built = Callable[..., Path]
 
 
@@ -28,15 +28,8 @@ def _one_torch_thread() -> None:
 
 @pytest.fixture(scope="session")
 def synthetic(tmp_path_factory: pytest.TempPathFactory) -> MakeSynthetic:
-    """Options to files; equal options give the same files, so tests must not change them."""
-    made: dict[SyntheticOptions, SyntheticFiles] = {}
-
-    def make(options: SyntheticOptions) -> SyntheticFiles:
-        if options not in made:
-            made[options] = make_checkpoint(tmp_path_factory.mktemp("checkpoint"), options)
-        return made[options]
-
-    return make
+    """See make_once."""
+    return make_once(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

@@ -22,11 +22,10 @@ from export.stages import StageDims
 from export.to_onnx import stage_dims
 from export.weights import MergedWeights
 from runtime.policy import Policy
+from tests.export.builds import QUICK
 from train.checkpoint import load, save_small
 from train.policy import CLIP_MEAN, CLIP_STD
 from train.synthetic import SyntheticFiles, SyntheticOptions, make_checkpoint
-
-QUICK = 9
 
 
 @pytest.fixture(scope="module")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.checkpoints import Variant, rewrite
-from train.synthetic import SyntheticFiles, SyntheticOptions, make_checkpoint
-
-MakeSynthetic = Callable[[SyntheticOptions], SyntheticFiles]
+from tests.checkpoints import MakeSynthetic, Variant, make_once, rewrite
+from train.synthetic import SyntheticFiles, SyntheticOptions
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,15 +23,8 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def synthetic(tmp_path_factory: pytest.TempPathFactory) -> MakeSynthetic:
-    """Options to files; equal options give the same files, so tests must not change them."""
-    made: dict[SyntheticOptions, SyntheticFiles] = {}
-
-    def make(options: SyntheticOptions) -> SyntheticFiles:
-        if options not in made:
-            made[options] = make_checkpoint(tmp_path_factory.mktemp(options.head), options)
-        return made[options]
-
-    return make
+    """See make_once."""
+    return make_once(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
