@@ -20,10 +20,10 @@ from bundle.errors import BackendError, BundleError, FrameError, PromptError
 from bundle.manifest import MANIFEST_NAME, Manifest
 from runtime import golden
 from runtime.actions import denormalize
-from runtime.backends.base import Backend, Stage
+from runtime.backends.base import Backend
 from runtime.backends.select import candidates, open_backend
 from runtime.preprocess import resize
-from runtime.prompt import PromptTensors, assemble, choose_bucket, layout, pad_tokens
+from runtime.prompt import assemble, choose_bucket, layout, pad_tokens
 from runtime.tokenizer import TOKENIZER_NAME, token_ids_of
 
 EMBEDDING_NAME = "token_embedding.npy"
@@ -55,19 +55,10 @@ class Policy:
         self.backend = backend.name
         folder = folder.resolve()  # the process may change its folder, and a link what it points to
         self._folder = folder
-        self._backend = backend
         self._embedding = _load_embedding(folder / EMBEDDING_NAME)
-        self._vision = backend.load(folder, manifest.graph("vision"))
-        self._action_head = backend.load(folder, manifest.graph("action_head"))
-        self._language: Stage | None = None
-        self._bucket = 0
-        self._prompt: PromptTensors | None = None
+        self._chain = backend.open(folder, manifest)
         dims = manifest.dimensions
         self._frames = np.zeros((len(manifest.preprocessing.cameras), dims.image_size, dims.image_size, 3), np.uint8)
-        self._states = {
-            name: np.zeros((dims.window, dims.lstm_layers, dims.latent * dims.lstm_hidden), np.float32)
-            for name in ("h", "c")
-        }
 
     @classmethod
     def load(cls, bundle: str | Path, backend: str = "auto", *, verify: bool = True, threads: int = 0) -> Policy:
@@ -152,22 +143,14 @@ class Policy:
             mask=attention_mask,
             pad_id=spec.pad_id,
         )
-        bucket = choose_bucket(slots.length, spec.buckets)
         prompt = assemble(
             slots,
             self._embedding,
-            bucket=bucket,
+            bucket=choose_bucket(slots.length, self._chain.buckets),
             embed_scale=spec.embed_scale,
             image_tokens=self.image_tokens,
         )
-        if bucket != self._bucket:
-            # Two buckets' engines would hold the decoder's weights twice. Until the new one is there, the policy has none.
-            self._language, self._bucket, self._prompt = None, 0, None
-            self._language = self._backend.load(self._folder, self.manifest.graph("language", bucket))
-            self._bucket = bucket
-        self._prompt = prompt
-        for state in self._states.values():
-            state.fill(0)
+        self._chain.set_prompt(prompt)
 
     def _check_unreplaced(self) -> None:
         """Graphs of other buckets, embeddings and tokenizer are read when needed: they must be this bundle's still.
@@ -187,9 +170,11 @@ class Policy:
 
     def clear(self) -> None:
         """Forget instruction and history; the next `step` needs a `reset`."""
-        self._prompt = None
-        for state in self._states.values():
-            state.fill(0)
+        self._chain.clear()
+
+    def close(self) -> None:
+        """Release engines and device memory now instead of when the policy is collected; the policy is of no use afterwards."""
+        self._chain.close()
 
     @property
     def image_tokens(self) -> int:
@@ -235,47 +220,29 @@ class Policy:
 
     def step_resized(self, frames: NDArray[np.uint8], *, start: float | None = None) -> ActionChunk:
         """As `step`, for frames already resized: uint8 [cameras, image_size, image_size, 3], in the manifest's camera order."""
-        clock = [time.perf_counter()]
-        image_tokens = self.run_vision(frames)
-        clock.append(time.perf_counter())
-        feature = self.run_language(image_tokens)
-        clock.append(time.perf_counter())
-        normalized = self.run_action_head(feature)[0].astype(np.float32)
-        clock.append(time.perf_counter())
+        begin = time.perf_counter()
+        tick = self._chain.tick(frames)
+        normalized = tick.action[0].astype(np.float32)
         values = denormalize(normalized, self.manifest.action)
-        start = clock[0] if start is None else start
-        marks = dict(zip(("vision", "language", "action_head"), np.diff(clock) * 1e3, strict=True))
+        start = begin if start is None else start
         timing = {
-            "preprocess": (clock[0] - start) * 1e3,
-            **{name: float(value) for name, value in marks.items()},
+            "preprocess": (begin - start) * 1e3,
+            **tick.milliseconds,
             "total": (time.perf_counter() - start) * 1e3,
         }
-        return ActionChunk(values, normalized, feature[0].astype(np.float32), timing)
+        return ActionChunk(values, normalized, tick.feature[0].astype(np.float32), timing)
 
     def run_vision(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Image tokens [1, N, D] of resized frames; a buffer, valid until the next run."""
-        return self._vision.run({"frames": frames})["image_tokens"].astype(np.float32, copy=False)
+        return self._chain.run_vision(frames)
 
     def run_language(self, image_tokens: NDArray[np.float32]) -> NDArray[np.float32]:
         """Action feature [1, latent * D] of one frame; a buffer, valid until the next run."""
-        if self._language is None or self._prompt is None:
-            raise PromptError("step before reset", hint="call policy.reset('...') once per episode.")
-        feeds: dict[str, NDArray[np.generic]] = {
-            "image_tokens": image_tokens,
-            "prompt": self._prompt.prompt,
-            "image_index": self._prompt.image_index,
-            "action_index": self._prompt.action_index,
-        }
-        return self._language.run(feeds)["feature"].astype(np.float32, copy=False)
+        return self._chain.run_language(image_tokens)
 
     def run_action_head(self, feature: NDArray[np.float32]) -> NDArray[np.float32]:
         """Action chunk [1, n, A] as the head gives it; advances the recurrent states unless something is not finite."""
-        outputs = self._action_head.run({"feature": feature, **self._states})
-        # A NaN in the states would stay for the rest of the episode.
-        if all(np.isfinite(outputs[name]).all() for name in ("action", "next_h", "next_c")):
-            for name, state in self._states.items():
-                state[:] = outputs[f"next_{name}"]
-        return outputs["action"].astype(np.float32, copy=False)
+        return self._chain.run_action_head(feature)
 
 
 def _load_embedding(path: Path) -> NDArray[np.floating]:

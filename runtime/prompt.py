@@ -59,6 +59,11 @@ class PromptTensors:
     image_index: NDArray[np.int64]
     action_index: NDArray[np.int64]
 
+    @property
+    def bucket(self) -> int:
+        """S, the length that the row was padded to."""
+        return int(self.prompt.shape[1])
+
 
 def layout(
     token_ids: Sequence[int] | NDArray[np.int64],

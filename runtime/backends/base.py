@@ -1,20 +1,23 @@
-"""The small protocol that every execution backend implements.
+"""The small protocols that every execution backend implements.
 
-A backend loads a stage's graph once, allocates its buffers once, and runs it many times. It knows tensors by name, and nothing about
-policies, prompts or robots.
+A backend opens a bundle as a chain of stages, allocates its buffers once, and runs them many times. It knows tensors by name, and nothing
+about pictures, instructions or robots.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bundle.errors import BackendError
-from bundle.manifest import Graph
+from bundle.manifest import Manifest
+
+if TYPE_CHECKING:
+    from runtime.chain import Chain
 
 Feeds = Mapping[str, NDArray[np.generic]]
 Outputs = dict[str, NDArray[np.generic]]
@@ -51,14 +54,14 @@ class Stage(Protocol):
 
 
 class Backend(Protocol):
-    """A way to execute stages, with the name that `Policy.load(backend=...)` takes."""
+    """A way to execute a policy, with the name that `Policy.load(backend=...)` takes."""
 
     name: str
 
-    def load(self, folder: Path, graph: Graph) -> Stage:
-        """Load one graph of a bundle.
+    def open(self, folder: Path, manifest: Manifest) -> Chain:
+        """Load the stages of a bundle as one chain. The language stage may wait until a prompt tells its length.
 
         Raises:
-            BackendError: the runtime refuses the graph.
+            BackendError: the runtime refuses a graph, or the bundle has nothing for this backend.
         """
         ...

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from bundle.errors import BackendError
-from bundle.manifest import Graph
+from bundle.manifest import Graph, Manifest
 from runtime.backends.base import Feeds, Outputs, checked_feed
+from runtime.chain import Chain, HostChain
 
 
 class FakeBackend:
@@ -25,6 +26,9 @@ class FakeBackend:
         self.name = "fake"
         self.runs: dict[str, int] = {}
         self._fail_at = fail_at
+
+    def open(self, folder: Path, manifest: Manifest) -> Chain:
+        return HostChain(self, folder, manifest)
 
     def load(self, folder: Path, graph: Graph) -> FakeStage:
         self.runs[graph.file] = 0

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundle.errors import BackendError
-from bundle.manifest import Graph
+from bundle.manifest import Graph, Manifest
 from runtime.backends.base import Feeds, Outputs, checked_feed
+from runtime.chain import Chain, HostChain
 
 PROVIDERS = {
     "ort:tensorrt": "TensorrtExecutionProvider",
@@ -54,6 +55,9 @@ class OrtBackend:
                 expected=self._provider,
                 hint="install the matching package (onnxruntime-gpu, onnxruntime-openvino), or use --backend ort:cpu.",
             )
+
+    def open(self, folder: Path, manifest: Manifest) -> Chain:
+        return HostChain(self, folder, manifest)
 
     def load(self, folder: Path, graph: Graph) -> OrtStage:
         """Create a session for one graph; its external weights are memory-mapped by ONNX Runtime."""

@@ -214,10 +214,11 @@ class Forgetful(Policy):
     """A runtime whose reset keeps the recurrent states."""
 
     def reset(self, *arguments: Any, **options: Any) -> None:
-        kept = {name: state.copy() for name, state in self._states.items()}
+        states = self._chain._states
+        kept = {name: state.copy() for name, state in states.items()}
         super().reset(*arguments, **options)
         for name, state in kept.items():
-            self._states[name][:] = state
+            states[name][:] = state
 
 
 def test_a_state_that_survives_the_reset_fails(case: Callable[..., Case]) -> None:

@@ -18,6 +18,7 @@ from bundle.manifest import Manifest
 from runtime import golden
 from runtime.backends.fake import FakeBackend
 from runtime.backends.select import open_backend
+from runtime.chain import HostChain
 from runtime.golden import Golden, cosine
 from runtime.policy import Policy
 from tests.bundles import LEFT_IDS, LONG_IDS, Tiny, edit_manifest, make_bundle, random_frames, rehash
@@ -169,6 +170,9 @@ class BrokenBackend:
 
     def __init__(self, stage: str, edit: Callable[[np.ndarray], np.ndarray]) -> None:
         self._backend, self._broken, self._edit = open_backend("ort:cpu", threads=1), stage, edit
+
+    def open(self, folder: Path, manifest: Manifest) -> HostChain:
+        return HostChain(self, folder, manifest)  # type: ignore[arg-type]
 
     def load(self, folder: Path, graph: object) -> object:
         stage = self._backend.load(folder, graph)  # type: ignore[arg-type]

@@ -140,9 +140,9 @@ def test_the_decoders_input_is_the_references(built_bundle: BuiltBundle, name: s
     policy = load(built_bundle(name, "fp32", True))
     policy.reset(token_ids=case.inputs["win0.input_ids"][0], attention_mask=case.inputs["win0.attention_mask"][0])
     policy.step(case.inputs["frames_u8"][0, 0])
-    prompt = policy._prompt
+    prompt = policy._chain._prompt
     assert prompt is not None
-    tokens = np.concatenate([policy._vision.run({"frames": policy._frames})["image_tokens"][0], np.zeros((1, 64))])
+    tokens = np.concatenate([policy.run_vision(policy._frames)[0], np.zeros((1, 64))])
     used = int(prompt.action_index[-1]) + 1
 
     row = (prompt.prompt[0] + tokens[prompt.image_index])[:used]

@@ -443,12 +443,12 @@ def test_after_a_failure_in_ort(folder: Path) -> None:
     for one in (policy, undisturbed):
         one.reset(GO_LEFT)
         one.step(FRAMES[0])
-    prompt = policy._prompt
+    prompt = policy._chain._prompt
     assert prompt is not None
-    policy._prompt = type(prompt)(prompt.prompt, prompt.image_index, prompt.action_index + 1000)
+    policy._chain._prompt = type(prompt)(prompt.prompt, prompt.image_index, prompt.action_index + 1000)
     with pytest.raises(BackendError, match=r"language\.fp32\.s12\.onnx failed while running"):
         policy.step(FRAMES[5])
-    policy._prompt = prompt
+    policy._chain._prompt = prompt
     assert_same(stream(policy, FRAMES[1:4]), stream(undisturbed, FRAMES[1:4]))
 
 
