@@ -1,8 +1,9 @@
 """Proof that the engines do what the checkpoint does.
 
 The reference (torch, adapters unmerged, fp32, window re-run from zero) and the very code that drives the robot get the same frames in the
-same order, two episodes with a reset between them. Reference and backend need not be in memory together, so the reference is
-recorded first. Stages are also compared alone, on the reference's own inputs, to say where an error comes from.
+same order, two episodes with a reset between them. The reference is recorded when the bundle is built (export/reference.py); comparing
+needs no torch, so that a robot can prove its own engines. Stages are also compared alone, on the reference's own inputs, to say
+where an error comes from.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundle.manifest import Parity, Precision, Verdict
+from bundle.recording import Episode, ReferenceStep
 from runtime.actions import denormalize
 from runtime.golden import cosine
 from runtime.policy import Policy
-from train.policy import KosmosPolicy, ReferenceStep, ReferenceStream
 
 _ORDER: tuple[Verdict, ...] = ("PASS", "WARN", "FAIL")
 
@@ -38,15 +39,6 @@ LIMITS: dict[Precision, Limits] = {
     "fp32": Limits(0.999999, 0.99999, 1e-4, 1e-3),
     "fp16": Limits(0.9995, 0.999, 2e-3, 1e-2),
 }
-
-
-@dataclass(frozen=True)
-class Episode:
-    """Frames of one verification episode: uint8 [T, cameras, s, s, 3], already resized; token_ids and mask [L]."""
-
-    frames: NDArray[np.uint8]
-    token_ids: tuple[int, ...]
-    mask: tuple[int, ...]
 
 
 class StageParity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -96,26 +88,6 @@ class ParityReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             feature_max_error=self.feature_max_error,
             action_max_error=self.action_max_error,
         )
-
-
-def record_reference(
-    policy: KosmosPolicy,
-    episodes: Sequence[Episode],
-    *,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-    advance: Callable[[], None],
-) -> list[list[ReferenceStep]]:
-    """Run the reference over the episodes; about a frame's full forward each."""
-    record = []
-    for episode in episodes:
-        stream = ReferenceStream(policy, np.array(episode.token_ids), np.array(episode.mask), mean=mean, std=std)
-        steps = []
-        for frames in episode.frames:
-            steps.append(stream.step(frames))
-            advance()
-        record.append(steps)
-    return record
 
 
 def compare(

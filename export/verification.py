@@ -15,23 +15,24 @@ from rich.table import Table
 
 from bundle.errors import ParityError
 from bundle.manifest import Manifest
+from bundle.recording import Episode, Recording, ReferenceStep
 from export import parity
 from export.config import BuildConfig
 from export.console import Reporter, plain_table
 from export.plan import Plan
+from export.reference import record_reference as record
 from runtime.backends.select import open_backend
 from runtime.golden import Golden
 from runtime.policy import Policy
 from runtime.replay import read_resized
 from train.checkpoint import LoadedPolicy
-from train.policy import ReferenceStep
 
 PARITY_REPORT = "reports/parity.json"
 # Frames for buckets beyond the first two prompts: they share all weights, only the length of the row is new.
 _GLANCE = 2
 
 
-def verification_episodes(config: BuildConfig, plan: Plan) -> list[parity.Episode]:
+def verification_episodes(config: BuildConfig, plan: Plan) -> list[Episode]:
     """Two episodes of more than a window each with a reset between them, and a glance at every other bucket."""
     window = plan.dims.window
     others = len(plan.prompts) - 2
@@ -46,21 +47,20 @@ def verification_episodes(config: BuildConfig, plan: Plan) -> list[parity.Episod
         frames = [parity.random_frames(count, cameras, size, seed=seed) for seed, count in enumerate(counts)]
     pad = plan.manifest.prompt.pad_id
     return [
-        parity.Episode(pictures, ids, tuple(int(token != pad) for token in ids))
+        Episode(pictures, ids, tuple(int(token != pad) for token in ids))
         for pictures, ids in zip(frames, plan.prompts, strict=True)
     ]
 
 
 def record_reference(
-    staging: Path, loaded: LoadedPolicy, plan: Plan, episodes: Sequence[parity.Episode], reporter: Reporter
+    staging: Path, loaded: LoadedPolicy, plan: Plan, episodes: Sequence[Episode], reporter: Reporter
 ) -> list[list[ReferenceStep]]:
-    """Run the reference, and keep its first step as the bundle's golden step."""
+    """Run the reference; keep all of it in the bundle, and its first step as the golden step."""
     preprocessing = plan.manifest.preprocessing
     frames = sum(len(episode.frames) for episode in episodes)
     with reporter.count_bar("reference: torch fp32, adapters unmerged", frames) as advance:
-        reference = parity.record_reference(
-            loaded.policy, episodes, mean=preprocessing.mean, std=preprocessing.std, advance=advance
-        )
+        reference = record(loaded.policy, episodes, mean=preprocessing.mean, std=preprocessing.std, advance=advance)
+    Recording.of(episodes, reference).save(staging)
     first = reference[0][0]
     Golden(episodes[0].frames[0], np.array(episodes[0].token_ids), first.feature, first.action).save(staging)
     return reference
@@ -70,7 +70,7 @@ def compare(
     staging: Path,
     config: BuildConfig,
     manifest: Manifest,
-    episodes: Sequence[parity.Episode],
+    episodes: Sequence[Episode],
     reference: Sequence[Sequence[ReferenceStep]],
     reporter: Reporter,
 ) -> parity.ParityReport:

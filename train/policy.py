@@ -21,6 +21,7 @@ from transformers import Kosmos2Config
 from transformers.models.kosmos2.modeling_kosmos2 import Kosmos2Model
 
 from bundle.manifest import Packing
+from bundle.recording import ReferenceStep
 from train.action_head import ActionHead
 from train.config import PolicySpec
 
@@ -136,15 +137,6 @@ def normalize_frames(
     """uint8 [..., s, s, 3] RGB to float32 [..., 3, s, s]: / 255, then (x - mean) / std."""
     pixels = torch.from_numpy(np.ascontiguousarray(frames)).float() / 255
     return ((pixels - torch.tensor(mean)) / torch.tensor(std)).movedim(-1, -3).contiguous()
-
-
-@dataclass(frozen=True)
-class ReferenceStep:
-    """One step of the reference, float32 numpy: image_tokens [cameras * latents, D], feature [latent * D], action [n, A]."""
-
-    image_tokens: NDArray[np.float32]
-    feature: NDArray[np.float32]
-    action: NDArray[np.float32]
 
 
 class ReferenceStream:

@@ -14,14 +14,16 @@ import torch
 from numpy.typing import NDArray
 
 from bundle.manifest import Graph, Manifest, Precision
+from bundle.recording import Episode, ReferenceStep
 from export import parity
-from export.parity import LIMITS, Episode, ParityReport, judge, random_frames
+from export.parity import LIMITS, ParityReport, judge, random_frames
+from export.reference import record_reference
 from runtime.backends.base import Feeds, Outputs, Stage
 from runtime.backends.ort import OrtBackend
 from runtime.policy import Policy
 from tests.export.conftest import Built, MakeSynthetic
 from train.checkpoint import load
-from train.policy import CLIP_MEAN, CLIP_STD, Conventions, KosmosPolicy, ReferenceStep
+from train.policy import CLIP_MEAN, CLIP_STD, Conventions, KosmosPolicy
 from train.synthetic import SyntheticOptions
 
 UPSTREAM = SyntheticOptions()
@@ -129,7 +131,7 @@ def episodes(policy: KosmosPolicy, count: int = 9) -> list[Episode]:
 
 
 def reference(policy: KosmosPolicy, frames: list[Episode]) -> list[list[ReferenceStep]]:
-    return parity.record_reference(policy, frames, mean=CLIP_MEAN, std=CLIP_STD, advance=ignore)
+    return record_reference(policy, frames, mean=CLIP_MEAN, std=CLIP_STD, advance=ignore)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +167,7 @@ def case(built: Built, synthetic: MakeSynthetic) -> Callable[..., Case]:
 def test_a_right_bundle_passes_with_everything_in_the_report(case: Callable[..., Case]) -> None:
     right = case()
     advanced: list[int] = []
-    steps = parity.record_reference(
+    steps = record_reference(
         right.policy, right.episodes, mean=CLIP_MEAN, std=CLIP_STD, advance=lambda: advanced.append(1)
     )
     report = right.compare(steps=steps)
@@ -270,7 +272,7 @@ def test_other_inputs_fail(case: Callable[..., Case], wrong: str) -> None:
         "prompt": [dataclasses.replace(item, token_ids=(0, 9, *item.token_ids[2:])) for item in right.episodes],
     }[wrong]
     mean = (0.5, 0.5, 0.5) if wrong == "mean" else CLIP_MEAN
-    steps = parity.record_reference(right.policy, changed, mean=mean, std=CLIP_STD, advance=ignore)
+    steps = record_reference(right.policy, changed, mean=mean, std=CLIP_STD, advance=ignore)
     assert right.compare(steps=steps).verdict == "FAIL"
 
 
