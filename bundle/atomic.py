@@ -65,6 +65,19 @@ def write_bytes(path: Path, data: bytes) -> None:
                 temporary.unlink(missing_ok=True)
 
 
+def publish_file(temporary: Path, target: Path) -> None:
+    """Give a finished file on the same file system its name: fsync, rename.
+
+    Raises:
+        StorageError: the disk is full or read-only; an existing target stays as it was.
+    """
+    with disk_errors(target):
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
+
+
 def _remove_leftovers(path: Path) -> None:
     """Remove temporary files of writers that were killed; those of living processes are theirs."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):

@@ -83,4 +83,43 @@ class PromptError(JetvlaError):
 
 
 class BackendError(JetvlaError):
-    """An execution backend that is not there, refused a graph, or gave wrong numbers."""
+    """An execution backend that is not there, refused a graph, or gave wrong numbers.
+
+    Args:
+        absent: what it needs is simply not on this machine; a search for a backend passes over it without a warning.
+    """
+
+    def __init__(
+        self, what: str, *, got: object = None, expected: object = None, hint: str, absent: bool = False
+    ) -> None:
+        super().__init__(what, got=got, expected=expected, hint=hint)
+        self.absent = absent
+
+
+class EngineError(BackendError):
+    """A TensorRT engine that is absent, corrupt, or made for another machine, version or bundle."""
+
+
+class EngineBuildError(ExportError):
+    """A graph that TensorRT refused, or an engine build that failed or was killed."""
+
+
+class DeviceError(BackendError):
+    """The GPU, its driver or CUDA: absent, too old, out of memory, or failed.
+
+    Args:
+        sticky: the process cannot use the GPU any more; only a new process can.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        got: object = None,
+        expected: object = None,
+        hint: str,
+        absent: bool = False,
+        sticky: bool = False,
+    ) -> None:
+        super().__init__(what, got=got, expected=expected, hint=hint, absent=absent)
+        self.sticky = sticky

@@ -103,6 +103,11 @@ class Policy:
         )
 
     @property
+    def buckets(self) -> tuple[int, ...]:
+        """Sequence lengths that the backend can run; the bundle's, or those that have an engine."""
+        return self._chain.buckets
+
+    @property
     def window(self) -> int:
         """Frames of history that an action depends on."""
         return self.manifest.dimensions.window

@@ -1,0 +1,185 @@
+"""One graph to one engine: parse, keep the types, build, write.
+
+Runs in a process of its own (export/engine_process.py), because a build may take gigabytes that are not given back, and may be killed
+for them. Needs neither torch nor onnx: it also runs on the robot. Everything that depends on TensorRT's version is in
+runtime/tensorrt_flavour.py.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from bundle.errors import DeviceError, EngineBuildError, EngineError
+from bundle.manifest import Tensor
+from runtime.cuda import open_cuda
+from runtime.tensorrt_flavour import FlavourName, TensorRT, parser_errors
+
+Report = Callable[[str, str | None, int, int], bool]
+"""(phase, parent phase, steps done, steps) -> go on?"""
+
+_MEMORY = re.compile(
+    r"out of memory|outofmemory|insufficient (?:gpu )?memory|bad_alloc|cudaErrorMemoryAllocation", re.IGNORECASE
+)
+
+
+class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What to build. Paths are absolute strings, so that a request can travel to another process.
+
+    `target` is set for TensorRT-RTX only. `refit_from` is a refittable engine whose weights are to be replaced instead of building.
+    """
+
+    flavour: FlavourName
+    label: str
+    graph: str
+    output: str
+    layers_output: str
+    target: str | None
+    optimization_level: int
+    workspace_bytes: int
+    refit: bool
+    timing_cache: str | None
+    refit_from: str | None = None
+
+
+class EngineBuilt(msgspec.Struct, frozen=True, kw_only=True):
+    """What came out. `typed_layers` is 0 where the network is strongly typed as a whole."""
+
+    layers: int
+    typed_layers: int
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    seconds: float
+    peak_rss_mb: int
+    timing_cache: bool
+    refitted: bool
+
+
+def build_engine(tensorrt: TensorRT, request: EngineRequest, report: Report) -> EngineBuilt:
+    """Build (or refit) request.output.
+
+    Raises:
+        EngineBuildError: the parser or the builder refuses, memory runs out, or `report` said stop.
+    """
+    start = time.monotonic()
+    stopped = False
+
+    def watch(phase: str, parent: str | None, done: int, steps: int) -> bool:
+        nonlocal stopped
+        stopped = stopped or not report(phase, parent, done, steps)
+        return not stopped
+
+    trt = tensorrt.module
+    builder = trt.Builder(tensorrt.logger)
+    if builder is None:
+        raise _failure(tensorrt, request, "cannot start its builder")
+    network = tensorrt.network(builder)
+    parser = trt.OnnxParser(network, tensorrt.logger)
+    if not parser.parse_from_file(request.graph):
+        complaints = list(parser_errors(parser))
+        raise EngineBuildError(
+            f"TensorRT {tensorrt.version} does not take the graph of {request.label}",
+            got="; ".join(complaints) or tensorrt.log.errors(),
+            expected="operators of ONNX opset 17 that TensorRT knows",
+            hint="JetPack 6 (TensorRT 8.6) or newer is needed; with one, this is a bug in jetvla: please report the node.",
+        )
+    tensors = [
+        tuple(
+            Tensor(
+                name=tensor.name, dtype=tensorrt.dtype(tensor.dtype), shape=tuple(int(size) for size in tensor.shape)
+            )
+            for tensor in (get(index) for index in range(count))
+        )
+        for get, count in ((network.get_input, network.num_inputs), (network.get_output, network.num_outputs))
+    ]
+    layers, typed, cached, refitted = int(network.num_layers), 0, False, False
+    if request.refit_from is not None:
+        refitted = _refit(tensorrt, request)
+    if not refitted:
+        config = builder.create_builder_config()
+        typed = tensorrt.set_types(config, network)
+        if request.target is not None:
+            tensorrt.set_target(config, request.target)
+        tensorrt.set_workspace(config, request.workspace_bytes)
+        tensorrt.set_optimization_level(config, request.optimization_level)
+        tensorrt.set_details(config)
+        tensorrt.set_progress(config, watch)
+        if request.refit:
+            tensorrt.set_refit(config)
+        cache = Path(request.timing_cache) if request.timing_cache is not None else None
+        cached = cache is not None and tensorrt.set_timing_cache(config, cache.read_bytes() if cache.exists() else b"")
+        try:
+            done = tensorrt.build(builder, network, config, Path(request.output))
+        except MemoryError:
+            raise _failure(tensorrt, request, "ran out of memory") from None
+        if stopped:
+            raise EngineBuildError(
+                f"the build of {request.label} was stopped",
+                hint="run the same command again; finished engines are kept.",
+            )
+        if not done:
+            raise _failure(tensorrt, request, "could not build an engine")
+        if cached:
+            assert cache is not None
+            cache.write_bytes(tensorrt.timing_cache(config))
+        _inspect(tensorrt, request)
+    return EngineBuilt(
+        layers=layers,
+        typed_layers=typed,
+        inputs=tensors[0],
+        outputs=tensors[1],
+        seconds=round(time.monotonic() - start, 2),
+        peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        timing_cache=cached,
+        refitted=refitted,
+    )
+
+
+def _refit(tensorrt: TensorRT, request: EngineRequest) -> bool:
+    """Replace the weights of an engine; False if that cannot be done here, and a build is needed."""
+    assert request.refit_from is not None
+    if not tensorrt.refits_from_onnx:
+        return False
+    try:
+        open_cuda()
+        runtime = tensorrt.module.Runtime(tensorrt.logger)
+        engine = tensorrt.deserialize(runtime, Path(request.refit_from).read_bytes(), request.refit_from)
+    except (DeviceError, EngineError):
+        return False
+    if not tensorrt.refit(engine, Path(request.graph)):
+        return False
+    Path(request.output).write_bytes(engine.serialize())
+    return True
+
+
+def _inspect(tensorrt: TensorRT, request: EngineRequest) -> None:
+    """Save the layers after fusion. It takes a GPU to load an engine: without one there is nothing to save, and nothing is lost."""
+    try:
+        open_cuda()
+        runtime = tensorrt.module.Runtime(tensorrt.logger)
+        text = tensorrt.inspect(tensorrt.deserialize(runtime, Path(request.output).read_bytes(), request.label))
+    except (DeviceError, EngineError):
+        return
+    if text:
+        Path(request.layers_output).write_text(text)
+
+
+def _failure(tensorrt: TensorRT, request: EngineRequest, what: str) -> EngineBuildError:
+    reason = tensorrt.log.errors()
+    if what == "ran out of memory" or _MEMORY.search(reason):
+        return EngineBuildError(
+            f"TensorRT {tensorrt.version} ran out of memory while it built {request.label}",
+            got=reason,
+            hint="close other programs, add swap (a Jetson needs 8 GB or more for a full-size language stage), lower --workspace-mb, "
+            "or --optimization-level 1.",
+        )
+    return EngineBuildError(
+        f"TensorRT {tensorrt.version} {what} for {request.label}",
+        got=reason,
+        hint="the log above says at which layer; an older --optimization-level, e.g. 2, avoids some of its bugs.",
+    )

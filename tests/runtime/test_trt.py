@@ -1,0 +1,380 @@
+"""The TensorRT backend on the fake GPU: right numbers in every version, in the right order, and nothing left behind."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+pytest.importorskip("onnxruntime")
+
+from bundle import engine_cache
+from bundle.errors import BackendError, DeviceError, EngineError, PromptError
+from bundle.manifest import Manifest
+from runtime import golden
+from runtime.backends.fake_cuda import DESKTOP, ORIN, FakeCuda
+from runtime.backends.fake_tensorrt import VERSIONS
+from runtime.backends.trt import TrtBackend
+from runtime.cuda import Device
+from runtime.policy import Policy
+from tests.bundles import GO_LEFT, GO_RIGHT, LONG_IDS, WINDOW, Tiny, edit_manifest, make_bundle
+from tests.engines import add_engines, fake_backend, fake_tensorrt
+
+FRAMES = np.random.default_rng(3).integers(0, 256, (9, 24, 32, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_bundle(tmp_path / "tiny.bundle", Tiny())
+
+
+def on_device(folder: Path, device: Device = DESKTOP, version: str = "10.3.0", **cuda: Any) -> tuple[Policy, FakeCuda]:
+    backend, gpu = fake_backend(folder, device, version, **cuda)
+    return Policy(folder, Manifest.load(folder), backend), gpu
+
+
+def on_host(folder: Path) -> Policy:
+    return Policy.load(folder, "ort:cpu", threads=1)
+
+
+def actions(policy: Policy, frames: np.ndarray, instruction: str = GO_LEFT) -> np.ndarray:
+    policy.reset(instruction)
+    return np.stack([policy.step(frame).normalized for frame in frames])
+
+
+@pytest.mark.parametrize("device", [ORIN, DESKTOP], ids=lambda device: device.slug)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_version_gives_the_numbers_of_the_cpu(folder: Path, device: Device, version: str) -> None:
+    policy, _ = on_device(folder, device, version)
+    golden.check(policy, folder)
+    np.testing.assert_array_equal(actions(policy, FRAMES), actions(on_host(folder), FRAMES))
+
+
+def test_without_cuda_graphs(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    policy, gpu = on_device(folder, has_graphs=False)
+    np.testing.assert_array_equal(actions(policy, FRAMES), actions(on_host(folder), FRAMES))
+    assert "launch" not in gpu.calls
+    assert "cannot be captured" in caplog.text
+
+
+def test_two_cameras_and_two_latents(tmp_path: Path) -> None:
+    folder = make_bundle(tmp_path / "x.bundle", Tiny(cameras=("hand", "static"), latent=2))
+    policy, _ = on_device(folder)
+    host = on_host(folder)
+    for one in (policy, host):
+        one.reset(GO_LEFT)
+    for frame in FRAMES:
+        got, expected = (one.step(frame, hand=frame[::-1]) for one in (policy, host))
+        np.testing.assert_array_equal(got.normalized, expected.normalized)
+        np.testing.assert_array_equal(got.feature, expected.feature)
+
+
+def test_stages_alone(folder: Path) -> None:
+    policy, host = on_device(folder)[0], on_host(folder)
+    frames = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3), dtype=np.uint8)
+    for one in (policy, host):
+        one.reset(GO_LEFT)
+    tokens = policy.run_vision(frames).copy()
+    np.testing.assert_array_equal(tokens, host.run_vision(frames))
+    feature = policy.run_language(tokens).copy()
+    np.testing.assert_array_equal(feature, host.run_language(tokens))
+    for scale in (1.0, 0.5, 0.25):
+        again = (feature * np.float32(scale)).astype(np.float32)
+        np.testing.assert_array_equal(policy.run_action_head(again), host.run_action_head(again))
+
+
+# --- a step -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", [ORIN, DESKTOP], ids=lambda device: device.slug)
+def test_a_step_allocates_nothing_and_is_one_launch(folder: Path, device: Device) -> None:
+    policy, gpu = on_device(folder, device)
+    policy.reset(GO_LEFT)
+    policy.step(FRAMES[0])
+    before, seen = gpu.allocations, len(gpu.calls)
+    for frame in FRAMES:
+        policy.step(frame)
+    assert gpu.allocations == before
+    per_step = [call for call in gpu.calls[seen:] if call != "elapsed_ms"]
+    assert per_step == ["launch", "synchronize"] * len(FRAMES)
+
+
+def test_what_the_graph_holds(folder: Path) -> None:
+    """Between begin and end of the capture: copies in, states, three stages between four events, copies out - and no waiting."""
+    policy, gpu = on_device(folder)
+    policy.reset(GO_LEFT)
+    start, end = gpu.calls.index("begin_capture"), gpu.calls.index("end_capture")
+    inside = gpu.calls[start + 1 : end]
+    assert inside == ["record", "to_device", "on_device", "on_device", "record", "record", "record", *["to_host"] * 4]
+    assert gpu.calls[:start].count("synchronize") >= 1  # the warm run was over
+
+
+def test_shared_memory_is_not_copied(folder: Path) -> None:
+    policy, gpu = on_device(folder, ORIN)
+    policy.reset(GO_LEFT)
+    inside = gpu.calls[gpu.calls.index("begin_capture") : gpu.calls.index("end_capture")]
+    assert inside.count("to_device") == 0
+    assert inside.count("to_host") == 2  # the states, which are looked at for NaN
+
+
+def test_sections_are_timed(folder: Path) -> None:
+    policy, _ = on_device(folder)
+    policy.reset(GO_LEFT)
+    timing = policy.step(FRAMES[0]).timing
+    assert set(timing) == {"preprocess", "vision", "language", "action_head", "total"}
+    assert min(timing[name] for name in ("vision", "language", "action_head")) > 0
+
+
+def test_a_driver_that_cannot_time_inside_a_graph(folder: Path) -> None:
+    # Four plain records of the warm run go well, the first captured one does not.
+    policy, gpu = on_device(folder, fail={"record": (4, 801)})
+    np.testing.assert_array_equal(actions(policy, FRAMES), actions(on_host(folder), FRAMES))
+    assert gpu.calls.count("begin_capture") == 2
+    assert gpu.calls.count("abandon_capture") == 1
+    assert "launch" in gpu.calls
+    assert set(policy.step(FRAMES[0]).timing) == {"preprocess", "total"}
+
+
+def test_a_driver_that_cannot_capture_at_all(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    policy, gpu = on_device(folder)
+    gpu.fail = {"end_capture": (0, 900)}
+    real = gpu.end_capture
+
+    def refuse(stream: Any) -> Any:
+        gpu.fail["end_capture"] = (0, 900)
+        return real(stream)
+
+    gpu.end_capture = refuse  # type: ignore[method-assign]
+    np.testing.assert_array_equal(actions(policy, FRAMES), actions(on_host(folder), FRAMES))
+    assert "launch" not in gpu.calls
+    assert "could not be captured" in caplog.text
+
+
+def test_from_another_thread(folder: Path) -> None:
+    policy, _ = on_device(folder)
+    policy.reset(GO_LEFT)
+    found: list[np.ndarray] = []
+    thread = threading.Thread(target=lambda: found.append(policy.step(FRAMES[0]).normalized))
+    thread.start()
+    thread.join()
+    np.testing.assert_array_equal(found[0], actions(on_host(folder), FRAMES[:1])[0])
+
+
+# --- prompts and lifetimes ----------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_of_the_same_length_keeps_the_graph(folder: Path) -> None:
+    policy, gpu = on_device(folder)
+    host = on_host(folder)
+    for text in (GO_LEFT, GO_RIGHT, GO_LEFT):
+        np.testing.assert_array_equal(actions(policy, FRAMES[:4], text), actions(host, FRAMES[:4], text))
+    assert gpu.calls.count("begin_capture") == 1
+
+
+def test_another_length_captures_again_and_destroys_in_order(folder: Path) -> None:
+    policy, gpu = on_device(folder)
+    host = on_host(folder)
+    actions(policy, FRAMES[:2])
+    for one in (policy, host):
+        one.reset(token_ids=LONG_IDS)
+    for frame in FRAMES:
+        np.testing.assert_array_equal(policy.step(frame).normalized, host.step(frame).normalized)
+    assert gpu.calls.count("begin_capture") == 2
+    released = gpu.calls.index("release_graph")
+    assert gpu.calls.index("context destroyed") > released
+    np.testing.assert_array_equal(actions(policy, FRAMES), actions(host, FRAMES))
+    assert gpu.live["graphs"] == 1
+
+
+def test_closing_gives_everything_back_in_order(folder: Path) -> None:
+    policy, gpu = on_device(folder)
+    actions(policy, FRAMES[:2])
+    policy.close()
+    assert set(gpu.live.values()) == {0}
+    ends = [
+        call
+        for call in gpu.calls
+        if call in ("release_graph", "context destroyed", "engine destroyed", "release", "release_stream")
+    ]
+    assert ends[0] == "release_graph"
+    assert ends.index("context destroyed") < ends.index("engine destroyed") < ends.index("release")
+    assert ends[-1] == "release_stream"
+    policy.close()  # twice is fine
+
+
+def test_a_forgotten_policy_gives_everything_back(folder: Path) -> None:
+    policy, gpu = on_device(folder)
+    actions(policy, FRAMES[:2])
+    del policy
+    gc.collect()
+    assert set(gpu.live.values()) == {0}
+
+
+def test_a_failed_start_gives_everything_back(folder: Path) -> None:
+    gpu = FakeCuda(DESKTOP, fail={"allocate": (3, 2)})
+    tensorrt = fake_tensorrt("10.3.0", gpu)
+    add_engines(folder, tensorrt, DESKTOP)
+    with pytest.raises(DeviceError, match="out of GPU memory"):
+        Policy(folder, Manifest.load(folder), TrtBackend(cuda=gpu, tensorrt=tensorrt))
+    gc.collect()
+    assert set(gpu.live.values()) == {0}
+
+
+def test_only_lengths_with_an_engine_are_used(folder: Path) -> None:
+    gpu = FakeCuda(DESKTOP)
+    tensorrt = fake_tensorrt("10.3.0", gpu)
+    add_engines(folder, tensorrt, DESKTOP, buckets=(24,))
+    policy = Policy(folder, Manifest.load(folder), TrtBackend(cuda=gpu, tensorrt=tensorrt))
+    assert policy.buckets == (24,)
+    np.testing.assert_allclose(actions(policy, FRAMES), actions(on_host(folder), FRAMES), atol=1e-6)
+
+    other = make_bundle(folder.parent / "short.bundle", Tiny())
+    add_engines(other, tensorrt, DESKTOP, buckets=(12,))
+    short = Policy(other, Manifest.load(other), TrtBackend(cuda=gpu, tensorrt=tensorrt))
+    with pytest.raises(PromptError, match="too long"):
+        short.reset(token_ids=LONG_IDS)
+    with pytest.raises(PromptError, match="step before reset"):
+        short.step(FRAMES[0])
+
+
+# --- errors -------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sticky_error_ends_it(folder: Path) -> None:
+    policy, gpu = on_device(folder)
+    policy.reset(GO_LEFT)
+    policy.step(FRAMES[0])
+    gpu.fail = {"synchronize": (0, 700)}
+    with pytest.raises(DeviceError, match="the GPU failed") as caught:
+        policy.step(FRAMES[1])
+    assert caught.value.sticky
+    assert "start the program again" in caught.value.hint
+    with pytest.raises(DeviceError):
+        policy.step(FRAMES[2])
+    policy.close()  # does not raise: a program must be able to end
+
+
+def test_a_launch_that_fails_once_changes_no_state(folder: Path) -> None:
+    policy, gpu = on_device(folder)
+    host = on_host(folder)
+    for one in (policy, host):
+        one.reset(GO_LEFT)
+    for number, frame in enumerate(FRAMES):
+        if number in (2, 5):
+            gpu.fail = {"launch": (0, 1)}
+            with pytest.raises(DeviceError, match="CUDA failed: launch"):
+                policy.step(frame)
+        np.testing.assert_array_equal(policy.step(frame).normalized, host.step(frame).normalized)
+
+
+def test_a_step_that_is_not_finite_is_taken_back(folder: Path) -> None:
+    policy, gpu = on_device(folder)
+    host = on_host(folder)
+    for one in (policy, host):
+        one.reset(GO_LEFT)
+        for frame in FRAMES[: WINDOW + 1]:
+            one.step(frame)
+    chain = policy._chain
+    prompt = chain._pointers["prompt"]  # type: ignore[attr-defined]
+    size = chain._views["prompt"].nbytes  # type: ignore[attr-defined]
+    kept = gpu.memory(prompt, size).copy()
+    gpu.memory(prompt, size).view(np.float32)[:] = np.nan
+    with pytest.raises(BackendError, match="not finite"):
+        policy.step(FRAMES[0])
+    gpu.memory(prompt, size)[:] = kept
+    for frame in FRAMES:
+        np.testing.assert_array_equal(policy.step(frame).normalized, host.step(frame).normalized)
+
+
+def test_no_engines(folder: Path) -> None:
+    gpu = FakeCuda(ORIN)
+    with pytest.raises(EngineError, match="no engines for this machine") as caught:
+        TrtBackend(cuda=gpu, tensorrt=fake_tensorrt("10.3.0", gpu)).open(folder, Manifest.load(folder))
+    assert caught.value.absent
+    assert "orin-sm87-trt10.3.0-cuda12" in str(caught.value)
+    assert "--engines-only" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("device", "version"),
+    [
+        (Device("Orin", 87, 1 << 34, True, 13020), "10.3.0"),
+        (Device("Thor", 110, 1 << 34, True, 12060), "10.3.0"),
+        (ORIN, "10.16.1"),
+    ],
+    ids=["another driver", "another GPU", "another TensorRT"],
+)
+def test_engines_of_another_machine_are_not_taken(folder: Path, device: Device, version: str) -> None:
+    add_engines(folder, fake_tensorrt("10.3.0", FakeCuda(ORIN)), ORIN)
+    gpu = FakeCuda(device)
+    with pytest.raises(EngineError, match="no engines for this machine") as caught:
+        TrtBackend(cuda=gpu, tensorrt=fake_tensorrt(version, gpu)).open(folder, Manifest.load(folder))
+    assert "orin-sm87-trt10.3.0-cuda12" in str(caught.value.got)
+
+
+def test_an_engine_that_lies_about_its_machine_is_refused_by_tensorrt(folder: Path) -> None:
+    """A folder renamed by hand: records do not fit their folder, so they count for nothing."""
+    add_engines(folder, fake_tensorrt("8.6.2", FakeCuda(ORIN)), ORIN)
+    engines = folder / engine_cache.ENGINES
+    (engines / "orin-sm87-trt8.6.2-cuda12").rename(engines / "orin-sm87-trt10.3.0-cuda12")
+    gpu = FakeCuda(ORIN)
+    with pytest.raises(EngineError, match="no engines"):
+        TrtBackend(cuda=gpu, tensorrt=fake_tensorrt("10.3.0", gpu)).open(folder, Manifest.load(folder))
+
+
+def test_a_flipped_byte_is_refused(folder: Path) -> None:
+    backend, _ = fake_backend(folder, ORIN)
+    path = next((folder / engine_cache.ENGINES).glob("*/vision*.engine"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(EngineError, match="is corrupt"):
+        backend.open(folder, Manifest.load(folder))
+
+
+def test_tensorrts_own_refusal_is_told(folder: Path) -> None:
+    backend, _ = fake_backend(folder, ORIN)
+    manifest = Manifest.load(folder)
+    for record in engine_cache.newest(folder, manifest, "orin-sm87-trt10.3.0-cuda12").values():
+        path = folder / record.file
+        path.write_bytes(path.read_bytes().replace(b"10.3.0", b"10.3.1"))
+    unchecked = TrtBackend(cuda=backend._cuda, tensorrt=backend._flavours[0], verify=False)
+    with pytest.raises(EngineError, match=r"cannot load .*vision") as caught:
+        unchecked.open(folder, manifest)
+    assert "not compatible with this version" in str(caught.value)
+
+
+def test_engines_of_other_weights_are_not_taken(folder: Path) -> None:
+    backend, _ = fake_backend(folder, ORIN)
+
+    def other_vision(manifest: Manifest) -> Manifest:
+        record = msgspec.structs.replace(manifest.files["vision.fp32.onnx"], sha256="0" * 64)
+        return msgspec.structs.replace(manifest, files={**manifest.files, "vision.fp32.onnx": record})
+
+    edit_manifest(folder, other_vision)
+    with pytest.raises(EngineError, match="no engines for this machine"):
+        backend.open(folder, Manifest.load(folder))
+
+
+def test_the_newest_engine_is_taken(folder: Path) -> None:
+    tensorrt = fake_tensorrt("10.3.0", FakeCuda(ORIN))
+    add_engines(folder, tensorrt, ORIN, built_at="2026-01-02T00:00:00+00:00")
+    manifest = Manifest.load(folder)
+    fingerprint = tensorrt.fingerprint(ORIN)
+    first = engine_cache.newest(folder, manifest, fingerprint)
+    assert {record.built_at for record in first.values()} == {"2026-01-02T00:00:00+00:00"}
+    assert len(first) == 4
+
+
+def test_a_portable_engine_runs_on_a_desktop(folder: Path) -> None:
+    gpu = FakeCuda(DESKTOP)
+    tensorrt = fake_tensorrt("rtx-1.7.1", gpu)
+    assert tensorrt.usable_fingerprints(DESKTOP) == ("sm86-rtx1.7.1", "portable-rtx1.7.1")
+    assert tensorrt.usable_fingerprints(Device("GTX", 75, 1, False, 13000)) == ("sm75-rtx1.7.1",)
+    assert tensorrt.fingerprint(None) == "portable-rtx1.7.1"
+    assert tensorrt.targets() == ("sm75", "sm80", "sm86", "sm89", "sm120")
