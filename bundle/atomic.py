@@ -78,6 +78,15 @@ def publish_file(temporary: Path, target: Path) -> None:
         _sync_folder(target.parent)
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """A second name for a file that nobody will change: hard links cost nothing; file systems without them get a copy."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def _remove_leftovers(path: Path) -> None:
     """Remove temporary files of writers that were killed; those of living processes are theirs."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):

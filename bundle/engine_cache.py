@@ -13,9 +13,7 @@ unchanged, not who made it. Knows nothing about TensorRT.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ from typing import Literal
 
 import msgspec
 
-from bundle.atomic import disk_errors, publish_file, write_bytes
+from bundle.atomic import disk_errors, link_or_copy, publish_file, write_bytes
 from bundle.errors import EngineError
 from bundle.hashing import sha256_file
 from bundle.manifest import Graph, Manifest, Tensor
@@ -255,15 +253,6 @@ def carry_over(old: Path, new: Path, manifest: Manifest) -> int:
                 link_or_copy(source, new / source.relative_to(old))
         count += wanted
     return count
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """Hard links cost nothing; file systems without them get a copy."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def new_record(**fields: object) -> EngineRecord:

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Command line: checkpoint in, verified bundle out.
+"""Command line: checkpoint in, verified bundle out, with TensorRT engines where TensorRT is.
 
     python export/build_engines.py CKPT --out BUNDLE
+    python export/build_engines.py --engines-only BUNDLE      on the robot: engines from the bundle alone, without torch
 
 Exit codes: 0 built or up to date, 1 failed, 2 usage, 3 parity failed.
 """
@@ -15,26 +16,31 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tyro
+from rich.console import Console
 
 from bundle.errors import JetvlaError, ParityError
 from export.console import Reporter
-from export.pipeline import STEPS, BuildConfig, build
+from export.pipeline import BuildConfig, EnginesConfig, build, build_engines, steps
 
 
 def main() -> int:
     """Parse, build, print the bundle's path on stdout."""
-    reporter = Reporter(STEPS)
+    console = Console(stderr=True, highlight=False)
     try:
-        config = tyro.cli(BuildConfig, description=__doc__, args=_spell_out(sys.argv[1:]))
-        bundle = build(config, reporter)
-        if not config.dry_run:
+        if any(argument.split("=")[0] == "--engines-only" for argument in sys.argv[1:]):
+            engines = tyro.cli(EnginesConfig, description=__doc__)
+            bundle, dry_run = build_engines(engines, Reporter(1)), engines.dry_run
+        else:
+            config = tyro.cli(BuildConfig, description=__doc__, args=_spell_out(sys.argv[1:]))
+            bundle, dry_run = build(config, Reporter(steps(config))), config.dry_run
+        if not dry_run:
             print(bundle)
     except JetvlaError as error:
-        reporter.console.print(f"[bold red]error:[/] {error.__class__.__name__}", markup=True)
-        reporter.console.print(str(error), markup=False, soft_wrap=True)
+        console.print(f"[bold red]error:[/] {error.__class__.__name__}", markup=True)
+        console.print(str(error), markup=False, soft_wrap=True)
         return 3 if isinstance(error, ParityError) else 1
     except KeyboardInterrupt:
-        reporter.console.print("interrupted; nothing was written.")
+        console.print("interrupted; nothing was replaced, and finished engines are kept.")
         return 1
     return 0
 

@@ -6,7 +6,6 @@ small machine. An fp16 build whose actions are off promotes stages to fp32 where
 
 from __future__ import annotations
 
-import os
 import resource
 import shutil
 from collections.abc import Mapping
@@ -15,7 +14,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from bundle.atomic import disk_errors, staged_directory
+from bundle import engine_cache
+from bundle.atomic import disk_errors, link_or_copy, staged_directory
 from bundle.errors import ParityError
 from bundle.hashing import sha256_file
 from bundle.manifest import File, Manifest, Precision, Stage
@@ -93,6 +93,9 @@ def run(config: BuildConfig, reporter: Reporter) -> None:
                 manifest = msgspec.structs.replace(manifest, files=files, parity=report.summary())
                 manifest.save(staging)
                 Manifest.load(staging).verify_sizes(staging)
+                kept = engine_cache.carry_over(target, staging, manifest)
+                if kept:
+                    reporter.result(f"{kept} engines kept")
                 size = sum(record.bytes for record in files.values())
                 reporter.result(f"{target}  {human_bytes(size)}  {report.verdict}")
         except ParityError as error:
@@ -201,7 +204,7 @@ def _export(
         if cached is not None:
             entry = cached
             for name in stage_files(entry):
-                _link_or_copy(config.target / name, staging / name)
+                link_or_copy(config.target / name, staging / name)
         else:
             with reporter.bytes_bar(stage, plan.size(stage, precision)) as advance:
                 entry, written = export_stage(
@@ -220,14 +223,6 @@ def _export(
         nodes = " and ".join(str(graph.nodes) for graph in entry.graphs)
         reporter.result(f"{stage}: {precision}, {done}, {human_bytes(entry.weight_bytes)}, {nodes} nodes")
     return stages, files
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    """Hard links cost nothing; file systems without them get a copy."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _remove_stage(staging: Path, entry: Stage) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import importlib.metadata
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -19,6 +19,7 @@ import tyro
 
 from bundle.errors import BundleError, ConfigError
 from bundle.manifest import Manifest, Packing, Precision
+from export.engine_options import EngineOptions, will_build
 from runtime.backends.ort import PROVIDERS
 
 BUILD_REPORT = "reports/build.json"
@@ -29,7 +30,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 _MAX_PROMPT = 2048
 # A build names its backend: parity is a statement about one.
 _CHOICES = {
-    "precision": get_args(Precision),
+    "precision": (*get_args(Precision), "auto"),
     "packing": (*get_args(Packing), "auto"),
     "resize": ("bicubic", "bilinear"),
     "pixel_norm": ("clip", "none"),
@@ -44,7 +45,7 @@ class BuildConfig:
     Attributes:
         checkpoint: Lightning .ckpt, .pt, or jetvla .safetensors.
         out: bundle directory; by default the checkpoint's name with .bundle, in the current folder.
-        precision: fp32, or fp16 (fp16 weights and GEMMs, fp32 islands).
+        precision: fp32, or fp16 (fp16 weights and GEMMs, fp32 islands); auto is fp16 if engines are built, else fp32.
         promote: in an fp16 build, give fp32 to stages for which that costs next to nothing (16 MB) if fp16 shows in the actions.
         base: Kosmos-2 directory (config.json, tokenizer.json, weights if the checkpoint lacks them).
         config: RoboVLMs training JSON; by default the one in the checkpoint, else beside it.
@@ -66,11 +67,12 @@ class BuildConfig:
         backend: what verification runs; the runtime chooses its own when it starts.
         force: rebuild everything, reuse nothing.
         dry_run: print the plan and stop.
+        engines: TensorRT engines to build from the graphs.
     """
 
     checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")]
     out: Path | None = None
-    precision: Precision = "fp32"
+    precision: Precision | Literal["auto"] = "auto"
     promote: bool = True
     base: Path | None = None
     config: Path | None = None
@@ -92,6 +94,7 @@ class BuildConfig:
     backend: str = "ort:cpu"
     force: bool = False
     dry_run: bool = False
+    engines: Annotated[EngineOptions, tyro.conf.arg(name="")] = field(default_factory=EngineOptions)
 
     def __post_init__(self) -> None:
         # Scripts pass plain strings; the annotations promise paths.
@@ -135,9 +138,37 @@ class BuildConfig:
             )
 
     @property
+    def graph_precision(self) -> Precision:
+        """`precision`, decided: fp16 is what engines are for, and slow on a CPU."""
+        if self.precision == "auto":
+            return "fp16" if will_build(self.engines) else "fp32"
+        return self.precision
+
+    @property
     def target(self) -> Path:
         """Where the bundle goes."""
         return self.out if self.out is not None else Path(f"{self.checkpoint.stem}.bundle")
+
+
+@dataclass(frozen=True)
+class EnginesConfig:
+    """Build the engines of a bundle, on the machine that will run them.
+
+    Attributes:
+        engines_only: the bundle.
+        engines: which ones.
+        force: build also what is there.
+        dry_run: print the plan and stop.
+    """
+
+    engines_only: Annotated[Path, tyro.conf.arg(metavar="BUNDLE")]
+    engines: Annotated[EngineOptions, tyro.conf.arg(name="")] = field(default_factory=EngineOptions)
+    force: bool = False
+    dry_run: bool = False
+
+    @property
+    def bundle(self) -> Path:
+        return Path(self.engines_only)
 
 
 class Input(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -187,8 +218,8 @@ def request_sha256(config: BuildConfig) -> str:
     options = {
         name: str(value.absolute()) if isinstance(value, Path) else value
         for name, value in vars(config).items()
-        if name not in ("out", "force", "dry_run")
-    }
+        if name not in ("out", "force", "dry_run", "engines")
+    } | {"precision": config.graph_precision}
     return hashlib.sha256(msgspec.json.encode([options, code_sha256(), library_versions()], order="sorted")).hexdigest()
 
 

@@ -93,6 +93,36 @@ class Reporter:
             task = progress.add_task(label, total=total)
             yield lambda: progress.advance(task, 1)
 
+    @contextmanager
+    def phases_bar(self, label: str) -> Iterator[Callable[[str, str | None, int, int], None]]:
+        """A progress bar over nested phases; yields the function that takes (phase, parent, steps done, steps)."""
+        columns = (
+            TextColumn("      {task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeElapsedColumn(),
+        )
+        phases: dict[str, tuple[str | None, int, int]] = {}
+
+        def share(phase: str) -> float:
+            """How much of a phase is done, with the running phases inside it."""
+            _, done, steps = phases[phase]
+            inner = max((share(child) for child, (parent, *_) in phases.items() if parent == phase), default=0.0)
+            return min(1.0, (done + inner) / steps) if steps else 0.0
+
+        with self._bar(*columns) as progress:
+            task = progress.add_task(label, total=1.0)
+
+            def report(phase: str, parent: str | None, done: int, steps: int) -> None:
+                phases[phase] = (parent, done, steps)
+                roots = [name for name, (above, *_) in phases.items() if above is None]
+                share_done = max((share(root) for root in roots), default=0.0)
+                if done >= steps:
+                    phases.pop(phase)
+                progress.update(task, completed=share_done, description=f"{label}: {phase.lower()}")
+
+            yield report
+
     def _bar(self, *columns: ProgressColumn) -> Progress:
         # In a pipe or a log a transient bar is only an empty line.
         return Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)

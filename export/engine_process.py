@@ -16,7 +16,7 @@ from bundle.errors import EngineBuildError
 from export.to_tensorrt import EngineBuilt, EngineRequest
 
 _ROOT = Path(__file__).resolve().parent.parent
-_TAIL_LINES = 5
+_TAIL_LINES = 3
 
 Progress = Callable[[str, str | None, int, int], None]
 
@@ -85,7 +85,8 @@ def _listen(reader: int, progress: Progress) -> EngineBuilt | None:
 def _died(request: EngineRequest, status: int, noise: object) -> EngineBuildError:
     noise.seek(0)  # type: ignore[attr-defined]
     text = noise.read().decode(errors="replace")  # type: ignore[attr-defined]
-    tail = " | ".join(text.strip().splitlines()[-_TAIL_LINES:])
+    lines = [line.strip() for line in text.splitlines() if line.strip(" ^~")]
+    tail = " | ".join(lines[-_TAIL_LINES:])
     if status == -signal.SIGKILL:
         return EngineBuildError(
             f"the build of {request.label} was killed",

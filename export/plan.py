@@ -128,7 +128,7 @@ def make_plan(config: BuildConfig, loaded: LoadedPolicy, advance: Callable[[int]
     manifest = Manifest(
         schema=SCHEMA,
         jetvla=importlib.metadata.version("jetvla"),
-        precision=config.precision,
+        precision=config.graph_precision,
         source=Source(
             checkpoint=config.checkpoint.name,
             checkpoint_format=loaded.raw.kind,

@@ -8,7 +8,6 @@ runtime/tensorrt_flavour.py.
 from __future__ import annotations
 
 import re
-import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -134,7 +133,7 @@ def build_engine(tensorrt: TensorRT, request: EngineRequest, report: Report) -> 
         inputs=tensors[0],
         outputs=tensors[1],
         seconds=round(time.monotonic() - start, 2),
-        peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        peak_rss_mb=_peak_rss_mb(),
         timing_cache=cached,
         refitted=refitted,
     )
@@ -167,6 +166,14 @@ def _inspect(tensorrt: TensorRT, request: EngineRequest) -> None:
         return
     if text:
         Path(request.layers_output).write_text(text)
+
+
+def _peak_rss_mb() -> int:
+    """Of this program; what getrusage says includes the process that started it."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) // 1024
+    return 0
 
 
 def _failure(tensorrt: TensorRT, request: EngineRequest, what: str) -> EngineBuildError:

@@ -98,10 +98,12 @@ def accept(staging: Path, config: BuildConfig, report: parity.ParityReport, repo
         raise ParityError(
             "the engines do not do what the checkpoint does",
             got="; ".join(report.reasons),
-            expected=f"at least WARN for {config.precision}",
+            expected=f"at least WARN for {config.graph_precision}",
             hint=f"no bundle was written; {config.target}.failed/parity.json says which stage differs."
             + (
-                " Try --precision fp32." if config.precision != "fp32" else " This is a bug in jetvla or its libraries."
+                " Try --precision fp32."
+                if config.graph_precision != "fp32"
+                else " This is a bug in jetvla or its libraries."
             ),
         )
 

@@ -203,15 +203,15 @@ class TensorRT:
 
     def set_timing_cache(self, config: Any, content: bytes) -> bool:
         """Give the builder what earlier builds measured; False where there is no such thing (TensorRT-RTX measures nothing)."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", DeprecationWarning)
-            try:
-                cache = config.create_timing_cache(content)
-                if cache is None:  # of another version or GPU: start anew
-                    cache = config.create_timing_cache(b"")
-                return bool(config.set_timing_cache(cache, False))
-            except (DeprecationWarning, AttributeError):
-                return False
+        if not hasattr(config, "create_timing_cache"):
+            return False
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            cache = config.create_timing_cache(content)
+            if cache is None:  # of another version or GPU: start anew
+                cache = config.create_timing_cache(b"")
+            taken = bool(config.set_timing_cache(cache, False))
+        return taken and not any(issubclass(item.category, DeprecationWarning) for item in caught)
 
     def timing_cache(self, config: Any) -> bytes:
         """What is now known, to be kept."""

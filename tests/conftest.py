@@ -1,7 +1,9 @@
 """Settings that every test shares. They are set here, before any test module can import numpy or torch."""
 
 import os
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import settings
 
 os.environ.pop("FORCE_COLOR", None)
@@ -13,3 +15,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Example timings on a shared machine say nothing about the code.
 settings.register_profile("jetvla", deadline=None)
 settings.load_profile("jetvla")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_engines_by_default() -> Iterator[None]:
+    """Builds make engines where TensorRT is installed, which it is where this runs; tests that want them name a flavour."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("export.engine_options.installed", lambda: iter(()))
+        yield

@@ -40,9 +40,12 @@ def edit_weight(checkpoint: Path, name: str, *, by: float = 1.5) -> None:
 
 
 def command_line(*arguments: object, program: str | None = None, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """export/build_engines.py in a process of its own, or a program that is given its path first."""
+    """export/build_engines.py in a process of its own, or a program that is given its path first; without engines unless named."""
     start = [] if program is None else ["-c", program]
-    command = [sys.executable, *start, str(SCRIPT), *map(str, arguments)]
+    words = [str(argument) for argument in arguments]
+    if "--tensorrt" not in words and "--engines-only" not in words:
+        words += ["--tensorrt", "off"]
+    command = [sys.executable, *start, str(SCRIPT), *words]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, cwd=cwd)
 
 

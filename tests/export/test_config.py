@@ -17,6 +17,7 @@ from bundle.manifest import Manifest
 from export import builder
 from export import config as config_module
 from export.config import BuildConfig, Input, code_sha256, is_up_to_date, request_sha256
+from export.engine_options import EngineOptions
 from tests.checkpoints import configs, read
 from tests.export.builds import QUICK, assert_complete, change, quietly, report
 from tests.export.conftest import MakeSynthetic
@@ -53,7 +54,7 @@ OTHER: dict[str, Any] = {
 
 
 def test_every_option_is_part_of_the_request_or_meant_not_to_be() -> None:
-    ignored = {"out": Path("elsewhere"), "force": True, "dry_run": True}
+    ignored = {"out": Path("elsewhere"), "force": True, "dry_run": True, "engines": EngineOptions(refit=True)}
     assert {item.name for item in fields(BuildConfig)} == OTHER.keys() | ignored.keys()
     plain = request_sha256(PLAIN)
     assert plain == request_sha256(BuildConfig(checkpoint=Path("policy.ckpt")))

@@ -224,7 +224,7 @@ def test_an_interrupted_build_says_so(
     assert run(upstream.checkpoint) == 1  # type: ignore[operator]
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert "interrupted; nothing was written." in shown.err
+    assert "interrupted; nothing was replaced, and finished engines are kept." in shown.err
 
 
 def test_colours_are_only_for_terminals_and_no_color_is_respected(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ from pathlib import Path
 
 import torch, transformers, peft, onnx, onnxruntime
 from export import builder
+from export.engine_options import EngineOptions
 from export.pipeline import BuildConfig, build
 
 torch.set_num_threads(1)
@@ -69,7 +70,7 @@ for line in sys.stdin:
         os.write(writing, b".")
         while True:
             for checkpoint in checkpoints:
-                build(BuildConfig(checkpoint=checkpoint, out=target, verify_frames=1))
+                build(BuildConfig(checkpoint=checkpoint, out=target, verify_frames=1, engines=EngineOptions(tensorrt='off')))
     os.read(reading, 1)
     time.sleep(float(line))
     os.kill(pid, signal.SIGKILL)

@@ -64,7 +64,7 @@ def test_every_bucket_is_run_before_it_is_published(
 
     def spy(self: Policy, *arguments: object, **options: object) -> None:
         reset(self, *arguments, **options)  # type: ignore[arg-type]
-        seen.add(self._bucket)
+        seen.add(self._chain._bucket)
 
     monkeypatch.setattr(Policy, "reset", spy)
     out = build(BuildConfig(checkpoint=files.checkpoint, out=tmp_path / "x.bundle", verify_frames=QUICK))

@@ -1,0 +1,303 @@
+"""Brings a bundle's engines up to date: build what is missing, keep what is intact, prove what can run here.
+
+Works from the bundle alone - graphs, weights and the recorded reference - so it is the same on a training PC and on a robot without torch.
+Engines are published one by one: an interrupted run keeps what it finished. Nothing of the bundle itself is changed.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import msgspec
+
+from bundle import engine_cache
+from bundle.atomic import disk_errors, write_bytes
+from bundle.engine_cache import ENGINE_PARITY, TIMING_CACHE, EngineRecord
+from bundle.errors import BundleError, EngineBuildError, EngineError, ParityError, StorageError
+from bundle.hashing import sha256_file
+from bundle.manifest import Manifest
+from bundle.recording import RECORDING_NAME, Recording
+from export import parity
+from export.console import Reporter, human_bytes
+from export.engine_options import EngineOptions
+from export.engine_plan import (
+    EngineTask,
+    Machines,
+    choose_machines,
+    free_device_bytes,
+    make_tasks,
+    tasks_table,
+    workspace_bytes,
+)
+from export.engine_process import Progress, build_in_process
+from export.to_tensorrt import EngineBuilt, EngineRequest
+from runtime.backends.trt import TrtBackend
+from runtime.policy import Policy
+
+Builder = Callable[[EngineRequest, Progress], EngineBuilt]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What happened: labels by fingerprint, e.g. `orin-sm87-trt10.3.0-cuda12/vision`."""
+
+    built: tuple[str, ...] = ()
+    refitted: tuple[str, ...] = ()
+    reused: tuple[str, ...] = ()
+    verified: tuple[str, ...] = ()
+
+
+def plan_engines(bundle: Path, options: EngineOptions, reporter: Reporter) -> tuple[Machines, list[EngineTask]]:
+    """Say what would be built."""
+    machines = choose_machines(options)
+    if machines.tensorrt is None:
+        reporter.result(f"no engines: {machines.reason}")
+        return machines, []
+    manifest = Manifest.load(bundle)
+    reporter.result(machines.reason)
+    tasks = make_tasks(bundle, manifest, options, machines)
+    reporter.table(tasks_table(manifest, tasks))
+    return machines, tasks
+
+
+def build_engines(
+    bundle: Path, options: EngineOptions, reporter: Reporter, *, force: bool = False, build: Builder = build_in_process
+) -> Outcome:
+    """Build the missing engines of a bundle and verify those that run here. The caller holds the bundle's lock.
+
+    Args:
+        force: build also what is there.
+
+    Raises:
+        EngineBuildError: TensorRT refused, crashed or ran out of memory; engines finished before are kept.
+        ParityError: an engine does not do what the checkpoint does; the engines of this machine are removed again.
+        BundleError: the bundle's graphs are damaged.
+        StorageError: the disk is full.
+    """
+    machines, tasks = plan_engines(bundle, options, reporter)
+    if machines.tensorrt is None:
+        return Outcome()
+    manifest = Manifest.load(bundle)
+    reused: list[str] = []
+    missing: list[EngineTask] = []
+    for task in tasks:
+        if force or not _is_intact(bundle, task, reporter):
+            missing.append(task)
+        else:
+            reused.append(_name(task))
+    made: dict[str, list[str]] = {"built": [], "refitted": []}
+    if missing:
+        with reporter.count_bar("checking graphs and weights", 1) as advance:
+            manifest.verify(bundle)  # an engine of damaged weights would be a cached error
+            advance()
+        _check_space(bundle, manifest, missing)
+    for task in missing:
+        record = _build_one(bundle, manifest, options, machines, task, reporter, build)
+        made[record.origin].append(_name(task))
+    if reused:
+        reporter.result(f"reused: {', '.join(reused)}")
+    fingerprints = {task.fingerprint for task in tasks}
+    verified = []
+    for fingerprint in sorted(fingerprints):
+        if not machines.runs_here(fingerprint):
+            reporter.result(
+                f"{fingerprint}: not run here, as there is no such GPU; the golden step proves the engines at their first start"
+            )
+        elif missing or not (engine_cache.fingerprint_folder(bundle, fingerprint) / ENGINE_PARITY).exists():
+            _prove(bundle, manifest, machines, fingerprint, reporter)
+            verified.append(fingerprint)
+    _remove_stale(bundle, manifest, fingerprints, reporter)
+    return Outcome(tuple(made["built"]), tuple(made["refitted"]), tuple(reused), tuple(verified))
+
+
+def _is_intact(bundle: Path, task: EngineTask, reporter: Reporter) -> bool:
+    if task.cached is None:
+        return False
+    try:
+        engine_cache.verify(bundle, task.cached)
+    except EngineError as error:
+        reporter.warn(f"{error.what} ({error.got}); it is built again")
+        return False
+    return True
+
+
+def _build_one(
+    bundle: Path,
+    manifest: Manifest,
+    options: EngineOptions,
+    machines: Machines,
+    task: EngineTask,
+    reporter: Reporter,
+    build: Builder,
+) -> EngineRecord:
+    folder = engine_cache.fingerprint_folder(bundle, task.fingerprint)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    entry = manifest.stages[task.stage]
+    temporary = folder / f".{task.label}.{task.key[:16]}.building"
+    cache = folder / f".{TIMING_CACHE}.building"
+    source = _refit_source(bundle, task) if options.refit else None
+    request = EngineRequest(
+        flavour=machines.tensorrt.name if machines.tensorrt else "trt",
+        label=task.label,
+        graph=str((bundle / task.graph.file).resolve()),
+        output=str(temporary.resolve()),
+        layers_output=str(temporary.with_suffix(".layers").resolve()),
+        target=task.target,
+        optimization_level=options.optimization_level,
+        workspace_bytes=workspace_bytes(options, free_device_bytes(), entry.weight_bytes),
+        refit=options.refit,
+        timing_cache=str(cache.resolve()),
+        refit_from=None if source is None else str((bundle / source.file).resolve()),
+    )
+    try:
+        with disk_errors(folder):
+            if (folder / TIMING_CACHE).exists():
+                shutil.copyfile(folder / TIMING_CACHE, cache)
+            with reporter.phases_bar(f"{task.label} {task.fingerprint}") as progress:
+                built = build(request, progress)
+            record = engine_cache.new_record(
+                stage=task.stage,
+                sequence=task.graph.sequence,
+                content=task.content,
+                key=task.key,
+                fingerprint=task.fingerprint,
+                settings=task.settings,
+                origin="refitted" if built.refitted else "built",
+                sha256=sha256_file(temporary),
+                bytes=temporary.stat().st_size,
+                layers=built.layers,
+                inputs=built.inputs,
+                outputs=built.outputs,
+                seconds=built.seconds,
+                built_at=datetime.now(timezone.utc).isoformat(timespec="microseconds"),
+            )
+            _check_tensors(task, record)
+            engine_cache.publish(bundle, temporary, record)
+            layers = temporary.with_suffix(".layers")
+            if layers.exists():
+                layers.replace((bundle / record.file).with_suffix(".layers"))
+            if built.timing_cache:
+                write_bytes(folder / TIMING_CACHE, cache.read_bytes())
+    finally:
+        for path in (temporary, temporary.with_suffix(".layers"), cache):
+            path.unlink(missing_ok=True)
+    how = "refitted" if built.refitted else "built with the timing cache" if built.timing_cache else "built"
+    if options.refit and source is not None and not built.refitted:
+        how += " (refit was refused)"
+    reporter.result(
+        f"{task.label}: {how} in {built.seconds:.1f} s, {human_bytes(record.bytes)}, {built.layers} layers"
+        + (f", {built.typed_layers} typed one by one" if built.typed_layers else "")
+        + f", peak {built.peak_rss_mb / 1000:.1f} GB"
+    )
+    return record
+
+
+def _refit_source(bundle: Path, task: EngineTask) -> EngineRecord | None:
+    """The newest refittable engine of the same place and machine, of any weights."""
+    found = [
+        item.record
+        for item in engine_cache.survey(bundle, Manifest.load(bundle))
+        if item.record is not None
+        and item.state != "broken"
+        and item.record.settings == task.settings
+        and item.record.fingerprint == task.fingerprint
+        and (item.record.stage, item.record.sequence) == (task.stage, task.graph.sequence)
+    ]
+    return max(found, key=lambda record: record.built_at, default=None)
+
+
+def _check_tensors(task: EngineTask, record: EngineRecord) -> None:
+    """The parsed network must have the manifest's inputs and outputs; only the width of integers may differ (8.6 has no int64)."""
+    for kind, expected, got in (
+        ("inputs", task.graph.inputs, record.inputs),
+        ("outputs", task.graph.outputs, record.outputs),
+    ):
+        wanted = {tensor.name: (tensor.shape, tensor.dtype.replace("int64", "int32")) for tensor in expected}
+        found = {tensor.name: (tensor.shape, tensor.dtype.replace("int64", "int32")) for tensor in got}
+        if wanted != found:
+            raise EngineBuildError(
+                f"TensorRT read other {kind} from the graph of {task.label}",
+                got=found,
+                expected=wanted,
+                hint="this is a bug in jetvla or its ONNX parser; please report it with TensorRT's version.",
+            )
+
+
+def _check_space(bundle: Path, manifest: Manifest, missing: list[EngineTask]) -> None:
+    needed = sum(manifest.stages[task.stage].weight_bytes + (32 << 20) for task in missing)
+    free = shutil.disk_usage(bundle).free
+    if free < needed:
+        raise StorageError(
+            f"not enough room for the engines of {bundle}",
+            got=f"{human_bytes(free)} free",
+            expected=f"about {human_bytes(needed)}",
+            hint="export/engines.py prune BUNDLE removes engines that are of no use; --bucket builds for fewer lengths.",
+        )
+
+
+def _prove(bundle: Path, manifest: Manifest, machines: Machines, fingerprint: str, reporter: Reporter) -> None:
+    """Stream the recorded reference through the engines.
+
+    Raises:
+        ParityError: they do not match; their records are removed, so that nothing loads them.
+    """
+    if RECORDING_NAME not in manifest.files:
+        reporter.warn("the bundle has no recorded reference: the golden step alone proves its engines, at every start.")
+        return
+    recording = Recording.load(bundle)
+    report_path = engine_cache.fingerprint_folder(bundle, fingerprint) / ENGINE_PARITY
+    report_path.unlink(missing_ok=True)
+    frames = sum(len(episode.frames) for episode in recording.episodes)
+    with reporter.count_bar(f"engines: {fingerprint}", frames) as advance:
+        policy = Policy(bundle, manifest, TrtBackend(flavour=machines.tensorrt.name if machines.tensorrt else None))
+        try:
+            buckets = policy.buckets
+            if set(buckets) != set(manifest.prompt.buckets):
+                reporter.warn(f"verified at the lengths that have an engine: {', '.join(map(str, buckets))}")
+            report = parity.compare(policy, recording.episodes, recording.steps, advance)
+        finally:
+            policy.close()
+    reporter.result(
+        f"{report.verdict}: {fingerprint}, {report.frames} frames, feature cosine {report.feature_cosine:.7f}, "
+        f"action error {report.action_max_error:.1e}"
+    )
+    for reason in report.reasons:
+        reporter.warn(reason)
+    if report.verdict == "FAIL":
+        for record in engine_cache.newest(bundle, manifest, fingerprint).values():
+            (bundle / record.file).with_suffix(".json").unlink(missing_ok=True)
+        raise ParityError(
+            "the TensorRT engines do not do what the checkpoint does",
+            got="; ".join(report.reasons),
+            expected=f"at least WARN for {manifest.precision}",
+            hint="the engines will not be loaded; the bundle still runs with --backend ort. "
+            "Try --optimization-level 2, or a bundle of --precision fp32, and report it with TensorRT's version.",
+        )
+    write_bytes(report_path, msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+
+
+def _remove_stale(bundle: Path, manifest: Manifest, fingerprints: set[str], reporter: Reporter) -> None:
+    """Engines of this machine that belong to graphs the bundle no longer has; other machines' are theirs."""
+    freed = 0
+    for found in engine_cache.survey(bundle, manifest):
+        if found.state != "current" and found.path.parent.name in fingerprints:
+            freed += engine_cache.remove(found)
+    if freed:
+        reporter.result(f"removed engines of other graphs or weights: {human_bytes(freed)}")
+
+
+def _name(task: EngineTask) -> str:
+    return f"{task.fingerprint}/{task.label}"
+
+
+def engines_exist(bundle: Path) -> bool:
+    """True if anything lies under engines/."""
+    try:
+        return bool(engine_cache.survey(bundle, Manifest.load(bundle)))
+    except BundleError:
+        return False
