@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from bundle.errors import ConfigError, DeviceError
-from runtime.cuda import Device, open_cuda
+from runtime.gpu import Device, open_cuda
 from runtime.tensorrt_flavour import installed
 
 

@@ -17,7 +17,7 @@ from bundle.manifest import Graph, Manifest
 from export.config import code_sha256
 from export.console import human_bytes, plain_table
 from export.engine_options import EngineOptions, find_device
-from runtime.cuda import Device, open_cuda
+from runtime.gpu import Device, open_cuda
 from runtime.tensorrt_flavour import MODULES, PORTABLE, TensorRT, installed, open_flavour
 
 # Sources whose change makes other engines out of the same graphs.

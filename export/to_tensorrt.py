@@ -16,7 +16,7 @@ import msgspec
 
 from bundle.errors import DeviceError, EngineBuildError, EngineError
 from bundle.manifest import Tensor
-from runtime.cuda import open_cuda
+from runtime.gpu import open_cuda
 from runtime.tensorrt_flavour import FlavourName, TensorRT, parser_errors
 
 Report = Callable[[str, str | None, int, int], bool]

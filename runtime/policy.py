@@ -66,7 +66,7 @@ class Policy:
 
         Args:
             bundle: directory made by export/build_engines.py.
-            backend: `auto`, `ort`, `ort:cpu`, `ort:cuda`, `ort:openvino`, `ort:tensorrt` or `fake`.
+            backend: `auto`, `trt`, `ort`, `ort:cpu`, `ort:cuda`, `ort:tensorrt`, `ort:tensorrt-rtx`, `ort:openvino` or `fake`.
             verify: hash every file first (seconds for a full-size bundle). Sizes and the manifest are always checked.
             threads: CPU threads; 0 takes all that this process may use.
 
@@ -82,19 +82,29 @@ class Policy:
             manifest.verify(folder)
         else:
             manifest.verify_sizes(folder)
-        reasons = []
+        reasons: list[str] = []
+        failures: list[str] = []
         names = candidates(backend)
         for name in names:
+            policy = None
             try:
-                policy = cls(folder, manifest, open_backend(name, threads=threads))
+                policy = cls(folder, manifest, open_backend(name, threads=threads, verify=verify))
                 if name != "fake":
                     golden.check(policy, folder)
             except BackendError as error:
-                if len(names) == 1:
+                if policy is not None:
+                    policy.close()
+                if len(names) == 1 or getattr(error, "sticky", False):
                     raise
                 reasons.append(f"{name}: {error.what} ({error.got})")
-                log.info("backend %s skipped: %s", name, error.what)
+                if error.absent:
+                    log.info("backend %s passed over: %s (%s)", name, error.what, error.got)
+                else:
+                    failures.append(reasons[-1])
+                    log.warning("backend %s skipped: %s (%s); hint: %s", name, error.what, error.got, error.hint)
             else:
+                if failures:
+                    log.warning("running on %s, because a backend before it failed: %s", name, "; ".join(failures))
                 return policy
         raise BackendError(
             f"no backend can run {folder}",

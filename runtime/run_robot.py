@@ -40,7 +40,7 @@ class RunConfig:
         replay: H5 episode: compare the policy's velocities with the recorded ones.
         check: load, verify and replay the golden step, then stop.
         instruction: what to do, if not what the episode says.
-        backend: auto, ort:cpu, ort:cuda, ort:openvino, ort:tensorrt or fake.
+        backend: auto, trt, ort, ort:cpu, ort:cuda, ort:tensorrt, ort:tensorrt-rtx, ort:openvino or fake.
         threads: CPU threads; 0 takes all.
         schema: of the episode (v1, v5, v6), if sniffing gets it wrong.
         skip_hashes: trust the files; saves seconds at the start of a full-size bundle.

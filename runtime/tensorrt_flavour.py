@@ -23,7 +23,7 @@ from typing import Any, Literal, get_args
 
 from bundle.errors import EngineError
 from bundle.manifest import Tensor
-from runtime.cuda import Device
+from runtime.gpu import Device
 
 FlavourName = Literal["trt", "rtx"]
 MODULES: dict[FlavourName, str] = {"trt": "tensorrt", "rtx": "tensorrt_rtx"}

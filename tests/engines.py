@@ -10,10 +10,10 @@ from bundle.engine_cache import EngineRecord, EngineSettings
 from bundle.hashing import sha256_file
 from bundle.manifest import Manifest
 from export.to_tensorrt import EngineBuilt, EngineRequest, build_engine
-from runtime.backends.fake_cuda import FakeCuda
+from runtime.backends.fake_gpu import FakeCuda
 from runtime.backends.fake_tensorrt import fake_module
 from runtime.backends.trt import TrtBackend
-from runtime.cuda import Device
+from runtime.gpu import Device
 from runtime.tensorrt_flavour import TensorRT
 
 SETTINGS = EngineSettings(optimization_level=3, refit=False, code="test")

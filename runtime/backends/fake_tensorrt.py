@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.backends.fake_cuda import FakeCuda, MisuseError
+from runtime.backends.fake_gpu import FakeCuda, MisuseError
 
 VERSIONS = ("8.6.2", "10.3.0", "10.16.1", "11.4.0", "rtx-1.7.1")
 

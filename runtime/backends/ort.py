@@ -1,7 +1,8 @@
 """ONNX Runtime: the backend of desktops, and of plain CPUs.
 
-A provider that is listed may still be unusable (missing libraries, wrong CUDA) or fall back silently, so nothing here trusts the
-list: a session is asked which providers it really runs on, and the policy replays the bundle's golden step before it drives.
+A provider that is listed may still be unusable (missing libraries, wrong CUDA) or fall back silently, so nothing here trusts the list:
+sessions are made without fallback, are asked what they really run on, and compute a probe before the bundle is touched; the policy then
+replays the bundle's golden step before it drives.
 """
 
 from __future__ import annotations
@@ -16,14 +17,20 @@ from numpy.typing import NDArray
 from bundle.errors import BackendError
 from bundle.manifest import Graph, Manifest
 from runtime.backends.base import Feeds, Outputs, checked_feed
+from runtime.backends.ort_device import OrtDeviceChain
+from runtime.backends.ort_plugins import PLUGINS, plugin_device, plugin_installed, plugin_options, plugin_provider
+from runtime.backends.ort_probe import probe
 from runtime.chain import Chain, HostChain
 
 PROVIDERS = {
     "ort:tensorrt": "TensorrtExecutionProvider",
+    "ort:tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
     "ort:cuda": "CUDAExecutionProvider",
     "ort:openvino": "OpenVINOExecutionProvider",
     "ort:cpu": "CPUExecutionProvider",
 }
+# Providers whose buffers can stay on the GPU from stage to stage.
+_ON_DEVICE = ("ort:cuda",)
 _DTYPES = {"float32": np.float32, "float16": np.float16, "int64": np.int64, "uint8": np.uint8}
 
 
@@ -32,10 +39,10 @@ class OrtBackend:
 
     Args:
         name: a key of PROVIDERS.
-        threads: intra-op threads; 0 takes the CPUs that this process may use.
+        threads: CPU threads; 0 takes the CPUs that this process may use.
 
     Raises:
-        BackendError: onnxruntime or the provider is not installed.
+        BackendError: onnxruntime or the provider is not installed, or the probe failed.
     """
 
     def __init__(self, name: str = "ort:cpu", *, threads: int = 0) -> None:
@@ -47,29 +54,59 @@ class OrtBackend:
         self._runtime = _import_onnxruntime()
         self._provider = PROVIDERS[name]
         self._threads = threads or len(os.sched_getaffinity(0))
+        self._exact = True
         available = self._runtime.get_available_providers()
-        if self._provider not in available:
+        # A plugin's provider is listed once it is registered, so the list does not tell it from a built-in one.
+        self._plugin = name in PLUGINS and (plugin_installed(name) or self._provider not in available)
+        if self._plugin:
+            self._provider = plugin_provider(name)
+            plugin_device(name)
+        elif self._provider not in available:
             raise BackendError(
                 f"ONNX Runtime has no {self._provider}",
                 got=", ".join(available),
                 expected=self._provider,
-                hint="install the matching package (onnxruntime-gpu, onnxruntime-openvino), or use --backend ort:cpu.",
+                hint="install the matching package (onnxruntime-gpu), or use --backend ort:cpu.",
+                absent=True,
             )
+        if name != "ort:cpu":
+            probe(name, lambda model, graph: OrtStage(self._runtime, self._session(model, graph), graph, self._plugin))
 
     def open(self, folder: Path, manifest: Manifest) -> Chain:
+        self._exact = manifest.precision == "fp32"
+        if self.name in _ON_DEVICE:
+            return OrtDeviceChain(
+                self._runtime, lambda graph: self._session(str(folder / graph.file), graph), manifest, "cuda"
+            )
         return HostChain(self, folder, manifest)
 
     def load(self, folder: Path, graph: Graph) -> OrtStage:
         """Create a session for one graph; its external weights are memory-mapped by ONNX Runtime."""
+        session = self._session(str(folder / graph.file), graph)
+        return OrtStage(self._runtime, session, graph, self._plugin)
+
+    def _session(self, model: str | bytes, graph: Graph) -> Any:
         options = self._runtime.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
+        arguments: dict[str, Any] = {}
         try:
-            session = self._runtime.InferenceSession(str(folder / graph.file), options, providers=[self._provider])
+            if self._plugin:
+                # OpenVINO has threads of its own; onnxruntime's would fight them for the CPUs.
+                options.intra_op_num_threads = 1
+                options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+                options.add_provider_for_devices(
+                    [plugin_device(self.name)], plugin_options(self.name, threads=self._threads, exact=self._exact)
+                )
+            else:
+                arguments["providers"] = [(self._provider, _provider_options(self.name))]
+            session = self._runtime.InferenceSession(model, options, enable_fallback=0, **arguments)
+        except BackendError:
+            raise
         except Exception as error:  # onnxruntime raises its own exception types, which share no public base
             raise BackendError(
                 f"{self.name} cannot load {graph.file}",
-                got=f"{type(error).__name__}: {error}",
+                got=f"{type(error).__name__}: {str(error).strip()}",
                 hint="update onnxruntime, or choose another --backend.",
             ) from error
         used = session.get_providers()[0]
@@ -80,20 +117,25 @@ class OrtBackend:
                 expected=self._provider,
                 hint="the provider's libraries are missing or do not fit the driver; --backend ort:cpu works everywhere.",
             )
-        return OrtStage(self._runtime, session, graph)
+        return session
 
 
 class OrtStage:
-    """A session with its input and output buffers bound once; `run` copies in, executes, returns the bound outputs."""
+    """A session with its input and output buffers bound once; `run` copies in, executes, returns the bound outputs.
 
-    def __init__(self, runtime: Any, session: Any, graph: Graph) -> None:
+    Args:
+        rebind: bind the inputs again before every run. Some plugin providers take an input's content when it is bound.
+    """
+
+    def __init__(self, runtime: Any, session: Any, graph: Graph, rebind: bool = False) -> None:
         self._session = session
         self._file = graph.file
+        self._rebind = rebind
         self._binding = session.io_binding()
         self._inputs: dict[str, NDArray[np.generic]] = {}
         self._outputs: Outputs = {}
         # The values must outlive the binding: it keeps pointers, not references.
-        self._values: list[Any] = []
+        self._values: dict[str, Any] = {}
         for tensors, arrays, bind in (
             (graph.inputs, self._inputs, self._binding.bind_ortvalue_input),
             (graph.outputs, self._outputs, self._binding.bind_ortvalue_output),
@@ -102,7 +144,7 @@ class OrtStage:
                 array = np.zeros(tensor.shape, _DTYPES[tensor.dtype])
                 value = runtime.OrtValue.ortvalue_from_numpy(array)
                 arrays[tensor.name] = array
-                self._values.append(value)
+                self._values[tensor.name] = value
                 bind(tensor.name, value)
 
     def run(self, feeds: Feeds) -> Outputs:
@@ -110,14 +152,30 @@ class OrtStage:
         for name, array in self._inputs.items():
             np.copyto(array, checked_feed(self._file, name, feeds[name], array.shape, array.dtype))
         try:
+            if self._rebind:
+                for name in self._inputs:
+                    self._binding.bind_ortvalue_input(name, self._values[name])
             self._session.run_with_iobinding(self._binding)
-        except Exception as error:  # as in load
+        except Exception as error:  # as in _session
             raise BackendError(
                 f"{self._file} failed while running",
                 got=f"{type(error).__name__}: {error}",
                 hint="replay the golden step with runtime/run_robot.py BUNDLE --check; if it fails too, rebuild the bundle.",
             ) from error
         return self._outputs
+
+
+def _provider_options(name: str) -> dict[str, str]:
+    """Of built-in providers. CUDA: all addresses are fixed, so it may replay its launches as a graph. TensorRT: compiling takes minutes, so
+    what it compiled is kept, in the user's own cache and not in the bundle, whose engines have records.
+    """
+    if name == "ort:cuda":
+        return {"enable_cuda_graph": "1", "use_tf32": "0"}
+    if name == "ort:tensorrt":
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jetvla" / "ort-tensorrt"
+        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(cache), "trt_timing_cache_enable": "1"}
+    return {}
 
 
 def _import_onnxruntime() -> Any:
@@ -128,5 +186,6 @@ def _import_onnxruntime() -> Any:
             "ONNX Runtime is not installed",
             got=error,
             hint="pip install 'jetvla[ort]' (desktop GPU: 'jetvla[ort-gpu]').",
+            absent=True,
         ) from None
     return onnxruntime

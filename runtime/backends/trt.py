@@ -3,7 +3,7 @@
 Everything that lives from tick to tick stays on the device: buffers are allocated once, the recurrent states never leave, and one CUDA
 graph replays copies and stages with a single launch. The graph is captured after a warm run, again when a prompt of another length needs
 another engine, and destroyed before the contexts that it captured. An engine is loaded only if its record fits this bundle and this
-machine and its hash is right. Which TensorRT, and which way to CUDA: runtime/tensorrt_flavour.py and runtime/cuda.py.
+machine and its hash is right. Which TensorRT, and which way to CUDA: runtime/tensorrt_flavour.py and runtime/gpu.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bundle.errors import BackendError, DeviceError, EngineError, StorageError
 from bundle.manifest import Manifest, Tensor
 from runtime.backends.base import checked_feed
 from runtime.chain import SECTIONS, Chain, Floats, Tick, no_prompt
-from runtime.cuda import Cuda, Device, Handle, HostBuffer, open_cuda
+from runtime.gpu import Cuda, Device, Handle, HostBuffer, open_cuda
 from runtime.prompt import PromptTensors
 from runtime.tensorrt_flavour import FlavourName, TensorRT, installed, open_flavour
 

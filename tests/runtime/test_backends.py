@@ -15,6 +15,7 @@ from bundle.manifest import Graph, Tensor
 from runtime.backends.base import Feeds
 from runtime.backends.fake import FakeBackend
 from runtime.backends.ort import PROVIDERS, OrtBackend
+from runtime.backends.ort_plugins import PLUGINS
 from runtime.backends.select import NAMES, candidates, open_backend
 from tests.runtime.onnx_files import GraphWriter
 
@@ -52,15 +53,19 @@ def onnxruntime() -> ModuleType:
 
 
 def test_candidates() -> None:
-    assert candidates("auto") == candidates("ort") == ("ort:cuda", "ort:cpu")
-    for name in NAMES[2:]:
+    assert candidates("ort") == ("ort:tensorrt", "ort:tensorrt-rtx", "ort:cuda", "ort:cpu")
+    assert candidates("auto") == ("trt", *candidates("ort"))
+    for name in set(NAMES) - {"auto", "ort"}:
         assert candidates(name) == (name,)
-    assert set(NAMES) == {"auto", "ort", "fake", "ort:cpu", "ort:cuda", "ort:openvino", "ort:tensorrt"}
+    assert set(NAMES) == {"auto", "trt", "ort", "fake", *PROVIDERS}
+    assert "ort:openvino" not in candidates("auto")  # bf16's errors are the user's to accept
 
 
 @pytest.mark.parametrize("name", ["", "cuda", "ort:", "ort:tpu", "FAKE"])
 def test_an_unknown_name(name: str) -> None:
-    with pytest.raises(BackendError, match=rf"unknown backend '{name}'\n  expected: auto, ort, (?s:.*)hint: --backend"):
+    with pytest.raises(
+        BackendError, match=rf"unknown backend '{name}'\n  expected: auto, trt, ort, (?s:.*)hint: --backend"
+    ):
         candidates(name)
 
 
@@ -190,30 +195,33 @@ def test_ort_misses_a_graph(folder: Path) -> None:
 
 
 def test_a_provider_that_is_not_installed(onnxruntime: ModuleType) -> None:
-    missing = [name for name, provider in PROVIDERS.items() if provider not in onnxruntime.get_available_providers()]
-    if not missing:
-        pytest.skip("this ONNX Runtime has every provider")
-    for name in missing:
-        with pytest.raises(BackendError, match=rf"ONNX Runtime has no {PROVIDERS[name]}(?s:.*)CPUExecutionProvider"):
+    missing = {
+        name: provider for name, provider in PROVIDERS.items() if provider not in onnxruntime.get_available_providers()
+    }
+    for name in missing.keys() - PLUGINS.keys():
+        with pytest.raises(
+            BackendError, match=rf"ONNX Runtime has no {missing[name]}(?s:.*)CPUExecutionProvider"
+        ) as no:
             open_backend(name)
+        assert no.value.absent
 
 
 def test_a_provider_that_is_listed_and_does_not_come_up(
-    onnxruntime: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch
+    onnxruntime: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with onnxruntime-gpu on a machine without CUDA: ONNX Runtime warns and takes the CPU."""
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this ONNX Runtime has CUDA")
     listed = ["CUDAExecutionProvider", *onnxruntime.get_available_providers()]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: listed)
-    backend = OrtBackend("ort:cuda", threads=1)
     with (
         pytest.warns(UserWarning, match="'CUDAExecutionProvider' is not in available provider names"),
         pytest.raises(BackendError) as caught,
     ):
-        backend.load(folder, GRAPH)
+        OrtBackend("ort:cuda", threads=1)
     assert str(caught.value) == (
-        "ort:cuda fell back silently for g.onnx\n  got:      CPUExecutionProvider\n  expected: CUDAExecutionProvider\n\n"
+        "ort:cuda fell back silently for the probe\n  got:      CPUExecutionProvider\n"
+        "  expected: CUDAExecutionProvider\n\n"
         "hint: the provider's libraries are missing or do not fit the driver; --backend ort:cpu works everywhere."
     )
 

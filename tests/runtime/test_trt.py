@@ -17,10 +17,10 @@ from bundle import engine_cache
 from bundle.errors import BackendError, DeviceError, EngineError, PromptError
 from bundle.manifest import Manifest
 from runtime import golden
-from runtime.backends.fake_cuda import DESKTOP, ORIN, FakeCuda
+from runtime.backends.fake_gpu import DESKTOP, ORIN, FakeCuda
 from runtime.backends.fake_tensorrt import VERSIONS
 from runtime.backends.trt import TrtBackend
-from runtime.cuda import Device
+from runtime.gpu import Device
 from runtime.policy import Policy
 from tests.bundles import GO_LEFT, GO_RIGHT, LONG_IDS, WINDOW, Tiny, edit_manifest, make_bundle
 from tests.engines import add_engines, fake_backend, fake_tensorrt

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from bundle.errors import DeviceError
-from runtime.cuda import Device, Handle, HostBuffer, cuda_error
+from runtime.gpu import Device, Handle, HostBuffer, cuda_error
 
 
 class PyCuda:
-    """See runtime.cuda.Cuda.
+    """See runtime.gpu.Cuda.
 
     Args:
         driver: the module pycuda.driver.

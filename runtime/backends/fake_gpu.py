@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundle.errors import DeviceError
-from runtime.cuda import Device, HostBuffer, cuda_error
+from runtime.gpu import Device, HostBuffer, cuda_error
 
 ORIN = Device(name="Orin", sm=87, memory_bytes=16 << 30, integrated=True, driver=12060)
 DESKTOP = Device(name="NVIDIA GeForce RTX 3090", sm=86, memory_bytes=24 << 30, integrated=False, driver=13000)
@@ -45,7 +45,7 @@ class FakeEvent:
 
 
 class FakeCuda:
-    """See runtime.cuda.Cuda.
+    """See runtime.gpu.Cuda.
 
     Args:
         device: which GPU to be.

@@ -161,7 +161,7 @@ def open_cuda() -> Cuda:
             hint="pip install 'cuda-bindings>=12.8,<13' for CUDA 12 (JetPack 6), 'cuda-bindings>=13' for CUDA 13.",
             absent=True,
         ) from None
-    from runtime.cuda_pycuda import PyCuda
+    from runtime.gpu_pycuda import PyCuda
 
     return PyCuda(driver)
 

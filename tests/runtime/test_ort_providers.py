@@ -1,0 +1,264 @@
+"""Providers of ONNX Runtime prove themselves with numbers, and those with a device keep tensors on it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bundle.errors import BackendError, DeviceError, EngineError
+from bundle.manifest import Graph, Manifest
+from runtime.backends import ort_plugins, select
+from runtime.backends.ort import OrtBackend, OrtStage
+from runtime.backends.ort_device import OrtDeviceChain
+from runtime.backends.ort_probe import PROBE, expected, probe, probe_model
+from runtime.policy import Policy
+from tests.bundles import GO_LEFT, LONG_IDS, Tiny, make_bundle
+from tests.runtime.onnx_files import GraphWriter
+
+FRAMES = np.random.default_rng(3).integers(0, 256, (8, 24, 32, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def onnxruntime() -> ModuleType:
+    module: ModuleType = pytest.importorskip("onnxruntime")
+    return module
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_bundle(tmp_path / "tiny.bundle", Tiny())
+
+
+def open_on_cpu(onnxruntime: ModuleType, model: bytes, graph: Graph) -> OrtStage:
+    return OrtStage(onnxruntime, onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"]), graph)
+
+
+# --- the probe ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_probe_is_what_it_says(onnxruntime: ModuleType) -> None:
+    probe("cpu", lambda model, graph: open_on_cpu(onnxruntime, model, graph))
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load_from_string(probe_model())
+    assert [node.op_type for node in model.graph.node] == ["MatMul", "Add", "Relu"]
+    assert model.opset_import[0].version == 17
+    onnx.checker.check_model(model, full_check=True)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x, first: expected(first),  # the first input for ever
+        lambda x, first: expected(x) * np.float32(1.2),
+        lambda x, first: np.zeros_like(expected(x)),
+        lambda x, first: np.full_like(expected(x), np.nan),
+    ],
+    ids=["frozen", "scaled", "zero", "nan"],
+)
+def test_wrong_numbers_are_found(wrong: Any) -> None:
+    class Stage:
+        first: np.ndarray | None = None
+
+        def run(self, feeds: Any) -> Any:
+            self.first = feeds["x"].copy() if self.first is None else self.first
+            return {"y": wrong(feeds["x"], self.first)}
+
+    with pytest.raises(BackendError, match="broken computes wrong numbers on this machine"):
+        probe("broken", lambda model, graph: Stage())
+
+
+def test_rounding_of_small_types_is_not_wrong() -> None:
+    """bf16 keeps 8 bits of each product."""
+
+    class Stage:
+        def run(self, feeds: Any) -> Any:
+            bits = expected(feeds["x"]).view(np.uint32) & np.uint32(0xFFFF0000)
+            return {"y": bits.view(np.float32)}
+
+    probe("bf16", lambda model, graph: Stage())
+
+
+def test_the_probe_runs_before_the_bundle_is_read(onnxruntime: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr("runtime.backends.ort.probe", lambda name, opener: seen.append(name))
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    OrtBackend("ort:cuda")
+    assert seen == ["ort:cuda"]
+
+
+# --- tensors that stay on the device ------------------------------------------------------------------------------------------
+
+
+def device_policy(onnxruntime: ModuleType, folder: Path) -> Policy:
+    """The chain of a GPU, with its values in host memory: the same code without the GPU."""
+
+    class Backend:
+        name = "ort:device"
+
+        def open(self, folder: Path, manifest: Manifest) -> OrtDeviceChain:
+            def session(graph: Graph) -> Any:
+                return onnxruntime.InferenceSession(str(folder / graph.file), providers=["CPUExecutionProvider"])
+
+            return OrtDeviceChain(onnxruntime, session, manifest, "cpu")
+
+    return Policy(folder, Manifest.load(folder), Backend())
+
+
+def test_the_device_chain_is_the_host_chain(onnxruntime: ModuleType, folder: Path) -> None:
+    device, host = device_policy(onnxruntime, folder), Policy.load(folder, "ort:cpu", threads=1)
+    for ids in ((0, 7, 8, 9, 10, 2), LONG_IDS, (0, 7, 8, 9, 11, 2)):
+        for one in (device, host):
+            one.reset(token_ids=ids)
+        for frame in FRAMES:
+            got, right = device.step(frame), host.step(frame)
+            np.testing.assert_array_equal(got.normalized, right.normalized)
+            np.testing.assert_array_equal(got.feature, right.feature)
+            assert set(got.timing) == set(right.timing)
+    tokens = np.random.default_rng(0).normal(size=(1, 4, 8)).astype(np.float32)
+    np.testing.assert_array_equal(device.run_language(tokens), host.run_language(tokens))
+
+
+def test_it_allocates_once(onnxruntime: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    real = onnxruntime.OrtValue.ortvalue_from_numpy
+    monkeypatch.setattr(
+        onnxruntime.OrtValue, "ortvalue_from_numpy", lambda *arguments: made.append(1) or real(*arguments)
+    )
+    policy = device_policy(onnxruntime, folder)
+    policy.reset(GO_LEFT)
+    before = len(made)
+    assert before == 11  # frames, tokens, three of the prompt, feature, action, two sets of h and c
+    for frame in FRAMES:
+        policy.step(frame)
+    policy.reset(GO_LEFT)
+    assert len(made) == before
+
+
+def test_a_step_that_is_not_finite_is_taken_back(onnxruntime: ModuleType, folder: Path) -> None:
+    device, host = device_policy(onnxruntime, folder), Policy.load(folder, "ort:cpu", threads=1)
+    for one in (device, host):
+        one.reset(GO_LEFT)
+        one.step(FRAMES[0])
+    bad = np.full((1, 8), np.nan, np.float32)
+    assert not np.isfinite(device.run_action_head(bad)).all()
+    for frame in FRAMES:
+        np.testing.assert_array_equal(device.step(frame).normalized, host.step(frame).normalized)
+
+
+def test_a_closed_chain_holds_nothing(onnxruntime: ModuleType, folder: Path) -> None:
+    policy = device_policy(onnxruntime, folder)
+    policy.reset(GO_LEFT)
+    policy.close()
+    chain: Any = policy._chain
+    assert not chain._values
+    assert not chain._sessions
+    policy.close()
+
+
+# --- plugins ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ort_plugins.PLUGINS)
+def test_a_plugin_that_is_not_installed(onnxruntime: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    plugin = ort_plugins.PLUGINS[name]
+    monkeypatch.setitem(sys.modules, plugin.package, None)
+    with pytest.raises(BackendError, match=f"{name} is not installed") as caught:
+        OrtBackend(name)
+    assert caught.value.absent
+    assert f"jetvla[{plugin.extra}]" in caught.value.hint
+
+
+def test_an_onnxruntime_without_plugins(onnxruntime: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(
+        sys.modules,
+        "onnxruntime_ep_openvino",
+        SimpleNamespace(get_ep_name=lambda: "OpenVINOExecutionProvider", __spec__=object()),
+    )
+    monkeypatch.delattr(onnxruntime, "register_execution_provider_library", raising=False)
+    ort_plugins.plugin_device.cache_clear()
+    with pytest.raises(BackendError, match="needs a newer ONNX Runtime"):
+        OrtBackend("ort:openvino")
+
+
+def test_openvino(onnxruntime: ModuleType, folder: Path) -> None:
+    """The real plugin: changed inputs are seen, the numbers are right, and it really runs there."""
+    pytest.importorskip("onnxruntime_ep_openvino")
+    ort_plugins.plugin_device.cache_clear()
+    backend = OrtBackend("ort:openvino", threads=1)
+    policy = Policy(folder, Manifest.load(folder), backend)
+    host = Policy.load(folder, "ort:cpu", threads=1)
+    for one in (policy, host):
+        one.reset(GO_LEFT)
+    for frame in FRAMES:
+        np.testing.assert_allclose(policy.step(frame).normalized, host.step(frame).normalized, atol=1e-5)
+    session = backend._session(probe_model(), PROBE)
+    assert session.get_providers()[0] == "OpenVINOExecutionProvider"
+
+
+def test_openvino_does_not_hand_nodes_to_the_cpu(onnxruntime: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime_ep_openvino")
+    ort_plugins.plugin_device.cache_clear()
+    writer = GraphWriter()
+    writer.add("NoSuchOperator", "x", out="y")
+    (tmp_path / "g.onnx").write_bytes(writer.model(PROBE.inputs, PROBE.outputs))
+    with pytest.raises(BackendError, match="ort:openvino cannot load bad"):
+        OrtBackend("ort:openvino")._session(
+            (tmp_path / "g.onnx").read_bytes(), Graph(file="bad", sequence=None, nodes=1, inputs=(), outputs=())
+        )
+
+
+# --- falling back -------------------------------------------------------------------------------------------------------------
+
+
+def backends_that(monkeypatch: pytest.MonkeyPatch, **errors: BackendError) -> None:
+    def open_one(name: str, *, threads: int = 0, verify: bool = True) -> Any:
+        error = errors.get(name.replace(":", "_").replace("-", "_"))
+        if error is not None:
+            raise error
+        return select.OrtBackend("ort:cpu", threads=1)
+
+    monkeypatch.setattr("runtime.policy.open_backend", open_one)
+
+
+@pytest.mark.usefixtures("onnxruntime")
+def test_absent_backends_are_passed_over_quietly(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    absent = BackendError("not here", hint="-", absent=True)
+    backends_that(monkeypatch, trt=absent, ort_tensorrt=absent, ort_tensorrt_rtx=absent, ort_cuda=absent)
+    with caplog.at_level(logging.INFO, "jetvla"):
+        assert Policy.load(folder).backend == "ort:cpu"
+    assert {record.levelname for record in caplog.records} == {"INFO"}
+    assert "backend trt passed over: not here" in caplog.text
+
+
+@pytest.mark.usefixtures("onnxruntime")
+def test_broken_backends_are_skipped_loudly(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = EngineError("vision.engine is corrupt", got="sha256 1", hint="build it again.")
+    absent = BackendError("not here", hint="-", absent=True)
+    backends_that(monkeypatch, trt=broken, ort_tensorrt=absent, ort_tensorrt_rtx=absent, ort_cuda=absent)
+    assert Policy.load(folder).backend == "ort:cpu"
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 2
+    assert "backend trt skipped: vision.engine is corrupt" in warnings[0]
+    assert "running on ort:cpu" in warnings[1]
+
+
+def test_a_named_backend_never_falls_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backends_that(monkeypatch, trt=EngineError("vision.engine is corrupt", hint="-"))
+    with pytest.raises(EngineError, match="corrupt"):
+        Policy.load(folder, "trt")
+
+
+def test_a_lost_gpu_is_not_papered_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backends_that(monkeypatch, trt=DeviceError("the GPU failed", hint="-", sticky=True))
+    with pytest.raises(DeviceError, match="the GPU failed"):
+        Policy.load(folder)
