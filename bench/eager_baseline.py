@@ -1,4 +1,4 @@
-"""The baseline that the runtime is compared with: Hugging Face's whole Kosmos-2, eager, fp32, as a lab would run it.
+"""The baseline that the runtime is compared with: Hugging Face's whole Kosmos-2, eager or compiled, as a lab would run it.
 
 The only module of bench/ that imports torch.
 """
@@ -20,8 +20,19 @@ from train.checkpoint import load, materialize_tables
 from train.policy import normalize_frames
 
 
-def eager_step(checkpoint: Path, packing: Packing | Literal["auto"], golden: Golden) -> Callable[[], object]:
-    """A function that runs one frame and the golden prompt through the model: adapters merged, LM head included, all slots."""
+def eager_step(
+    checkpoint: Path,
+    packing: Packing | Literal["auto"],
+    golden: Golden,
+    *,
+    device: str = "cpu",
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    compiled: bool = False,
+) -> Callable[[], object]:
+    """A function that runs one frame and the golden prompt through the model: adapters merged, LM head included, all slots.
+
+    It returns when the result is there. `compiled` goes through torch.compile, whose first calls take minutes.
+    """
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     loaded = load(checkpoint, packing=packing)
     weights = merged_weights(loaded)
@@ -36,6 +47,8 @@ def eager_step(checkpoint: Path, packing: Packing | Literal["auto"], golden: Gol
     model.load_state_dict(state, assign=True)
     materialize_tables(model)
     model.eval()
+    model.to(device=device, dtype=getattr(torch, dtype))
+    call = torch.compile(model, mode="reduce-overhead") if compiled else model
     ids = torch.from_numpy(golden.token_ids)[None]
     images = loaded.base.kosmos.latent_query_num
     # <s>, image, text, one slot for the action token (any embedding: only its cost matters), </s>
@@ -44,10 +57,14 @@ def eager_step(checkpoint: Path, packing: Packing | Literal["auto"], golden: Gol
     )
     shown = torch.zeros_like(row)
     shown[:, 1 : images + 1] = 1
-    pixels = normalize_frames(golden.frames)
+    pixels = normalize_frames(golden.frames).to(device=device, dtype=getattr(torch, dtype))
+    row, shown = row.to(device), shown.to(device)
 
     @torch.inference_mode()
     def run() -> object:
-        return model(pixel_values=pixels, input_ids=row, image_embeds_position_mask=shown, use_cache=False)
+        output = call(pixel_values=pixels, input_ids=row, image_embeds_position_mask=shown, use_cache=False)
+        if device != "cpu":
+            torch.cuda.synchronize()
+        return output
 
     return run
