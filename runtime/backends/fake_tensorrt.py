@@ -354,6 +354,8 @@ def fake_module(
             return Engine(plan)
 
     module.OnnxParser, module.Builder, module.Runtime = OnnxParser, Builder, Runtime
+    if rtx:
+        _add_rtx(module, Engine, Runtime, Context, Builder)
     if wide:
 
         class Refitter:
@@ -378,3 +380,43 @@ def fake_module(
 
         module.Refitter, module.OnnxParserRefitter = Refitter, OnnxParserRefitter
     return module
+
+
+def _add_rtx(module: Any, engine: Any, runtime: Any, context: Any, builder: Any) -> None:
+    """What only TensorRT-RTX has: plans written to a stream, a verdict before loading, and a cache of what is compiled at loading."""
+
+    class RuntimeCache:
+        def __init__(self) -> None:
+            self.content = b""
+
+        def deserialize(self, content: bytes) -> bool:
+            self.content = bytes(content) if content.startswith(b"compiled") else b""
+            return bool(self.content)
+
+        def serialize(self) -> bytes:
+            return self.content or b"compiled"
+
+    class RuntimeConfig:
+        def __init__(self) -> None:
+            self.cache: RuntimeCache | None = None
+
+        def create_runtime_cache(self) -> RuntimeCache:
+            return RuntimeCache()
+
+        def set_runtime_cache(self, cache: RuntimeCache) -> bool:
+            self.cache = cache
+            return True
+
+    def build_to_stream(self: Any, network: Any, config: Any, writer: Any) -> bool:
+        plan = self.build_serialized_network(network, config)
+        return plan is not None and writer.write(plan) == len(plan)
+
+    module.IStreamWriter = type("IStreamWriter", (), {"__init__": lambda self: None})
+    module.EngineValidity = SimpleNamespace(VALID="valid", INVALID="invalid")
+    runtime.get_engine_validity = lambda self, content: (
+        ("valid", "") if bytes(content).startswith(b"FAKEPLAN") else ("invalid", "MALFORMED_ENGINE")
+    )
+    engine.create_runtime_config = lambda self: RuntimeConfig()
+    engine.create_execution_context = lambda self, config=None: context(self)
+    context.is_stream_capturable = lambda self, stream: True
+    builder.build_serialized_network_to_stream = build_to_stream

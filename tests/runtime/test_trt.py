@@ -378,3 +378,22 @@ def test_a_portable_engine_runs_on_a_desktop(folder: Path) -> None:
     assert tensorrt.usable_fingerprints(Device("GTX", 75, 1, False, 13000)) == ("sm75-rtx1.7.1",)
     assert tensorrt.fingerprint(None) == "portable-rtx1.7.1"
     assert tensorrt.targets() == ("sm75", "sm80", "sm86", "sm89", "sm120")
+
+
+def test_what_was_compiled_at_loading_is_kept(folder: Path) -> None:
+    policy, gpu = on_device(folder, DESKTOP, "rtx-1.7.1")
+    policy.reset(GO_LEFT)
+    kept = sorted(path.name.split(".")[0] for path in (folder / engine_cache.ENGINES).glob("*/*.jit"))
+    assert kept == ["action_head", "language", "vision"]
+    tensorrt = fake_tensorrt("rtx-1.7.1", gpu)
+    loaded = Policy(folder, Manifest.load(folder), TrtBackend(cuda=gpu, tensorrt=tensorrt))
+    assert loaded._chain._own.stages["vision"]._jit == b"compiled"  # type: ignore[attr-defined]
+
+
+def test_the_verdict_before_loading_is_told(folder: Path) -> None:
+    backend, gpu = fake_backend(folder, DESKTOP, "rtx-1.7.1")
+    for path in (folder / engine_cache.ENGINES).glob("*/*.engine"):
+        path.write_bytes(b"X" * path.stat().st_size)
+    unchecked = TrtBackend(cuda=gpu, tensorrt=backend._flavours[0], verify=False)
+    with pytest.raises(EngineError, match=r"cannot load(?s:.*)MALFORMED_ENGINE"):
+        unchecked.open(folder, Manifest.load(folder))

@@ -1,0 +1,255 @@
+"""An engine is taken only if its record fits the bundle and the machine; everything else under engines/ is shown and can go."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bundle import engine_cache
+from bundle.engine_cache import EngineRecord, EngineSettings, content_key, engine_key, newest, survey
+from bundle.errors import EngineError, StorageError
+from bundle.hashing import sha256_file
+from bundle.manifest import Manifest
+from tests.bundles import Tiny, make_bundle
+
+SETTINGS = EngineSettings(optimization_level=3, refit=False, code="c")
+MACHINE = "orin-sm87-trt10.3.0-cuda12"
+
+Add = Callable[..., EngineRecord]
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return make_bundle(tmp_path / "tiny.bundle", Tiny())
+
+
+@pytest.fixture
+def add(bundle: Path) -> Add:
+    """Publish an engine of these bytes for a stage of the bundle."""
+
+    def make(
+        stage: str = "vision", sequence: int | None = None, data: bytes = b"engine", into: Path = bundle, **fields: Any
+    ) -> EngineRecord:
+        manifest = Manifest.load(into)
+        content = fields.pop("content", content_key(manifest, stage, manifest.graph(stage, sequence)))
+        settings, fingerprint = fields.pop("settings", SETTINGS), fields.pop("fingerprint", MACHINE)
+        folder = engine_cache.fingerprint_folder(into, fingerprint)
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / ".building"
+        temporary.write_bytes(data)
+        record = engine_cache.new_record(
+            **{
+                "stage": stage,
+                "sequence": sequence,
+                "content": content,
+                "key": engine_key(content, fingerprint, settings),
+                "fingerprint": fingerprint,
+                "settings": settings,
+                "origin": "built",
+                "sha256": sha256_file(temporary),
+                "bytes": len(data),
+                "layers": 1,
+                "inputs": (),
+                "outputs": (),
+                "seconds": 0.0,
+                "built_at": "2026-01-01T00:00:00+00:00",
+                **fields,
+            }
+        )
+        engine_cache.publish(into, temporary, record)
+        return record
+
+    return make
+
+
+def states(bundle: Path) -> list[str]:
+    return [found.state for found in survey(bundle, Manifest.load(bundle))]
+
+
+# --- keys ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_content_is_everything_that_an_engine_is_made_of(bundle: Path) -> None:
+    replace = msgspec.structs.replace
+    manifest = Manifest.load(bundle)
+    # Weights in a file of their own, as real bundles have them.
+    apart = {name: replace(entry, weights="token_embedding.npy") for name, entry in manifest.stages.items()}
+    manifest = replace(manifest, stages=apart)
+    graph = manifest.graph("language", 12)
+    base = content_key(manifest, "language", graph)
+
+    def with_file(name: str) -> Manifest:
+        return replace(manifest, files={**manifest.files, name: replace(manifest.files[name], sha256="0" * 64)})
+
+    entry = replace(manifest.stages["language"], precision="fp16")
+    others = [
+        content_key(with_file(graph.file), "language", graph),
+        content_key(with_file(manifest.stages["language"].weights), "language", graph),
+        content_key(replace(manifest, stages={**manifest.stages, "language": entry}), "language", graph),
+        content_key(manifest, "language", manifest.graph("language", 24)),
+    ]
+    assert len({base, *others}) == 5
+    assert content_key(with_file("golden.npz"), "language", graph) == base
+
+
+@given(
+    st.tuples(st.text(), st.text(), st.integers(0, 5), st.booleans(), st.text()),
+    st.tuples(st.text(), st.text(), st.integers(0, 5), st.booleans(), st.text()),
+)
+def test_keys_are_equal_exactly_if_everything_is(a: Any, b: Any) -> None:
+    def key(content: str, machine: str, level: int, refit: bool, code: str) -> str:
+        return engine_key(content, machine, EngineSettings(optimization_level=level, refit=refit, code=code))
+
+    assert (key(*a) == key(*b)) == (a == b)
+
+
+@pytest.mark.parametrize("name", ["", "..", "../x", "a/b", "A", "a b", "x" * 200, "a\n"])
+def test_a_fingerprint_is_a_plain_name(bundle: Path, name: str) -> None:
+    with pytest.raises(EngineError, match="fingerprint"):
+        engine_cache.fingerprint_folder(bundle, name)
+
+
+# --- finding ------------------------------------------------------------------------------------------------------------------
+
+
+def test_found_by_key_and_by_content(bundle: Path, add: Add) -> None:
+    record = add()
+    assert engine_cache.find(bundle, MACHINE, record.key, "vision", None) == record
+    assert engine_cache.find(bundle, MACHINE, "0" * 64, "vision", None) is None
+    assert engine_cache.find(bundle, "orin-sm87-trt8.6.2-cuda12", record.key, "vision", None) is None
+    assert newest(bundle, Manifest.load(bundle), MACHINE) == {("vision", None): record}
+    assert states(bundle) == ["current"]
+
+
+def test_the_newest_settings_win(bundle: Path, add: Add) -> None:
+    add(built_at="2026-01-03T00:00:00+00:00")
+    later = EngineSettings(optimization_level=5, refit=False, code="c")
+    record = add(settings=later, built_at="2026-01-04T00:00:00+00:00")
+    add(settings=EngineSettings(optimization_level=1, refit=False, code="c"), built_at="2026-01-02T00:00:00+00:00")
+    assert newest(bundle, Manifest.load(bundle), MACHINE)["vision", None] == record
+    assert states(bundle) == ["current"] * 3
+
+
+def test_other_content_is_stale(bundle: Path, add: Add) -> None:
+    add(content="0" * 64)
+    assert newest(bundle, Manifest.load(bundle), MACHINE) == {}
+    assert states(bundle) == ["stale"]
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "truncated engine": lambda path: path.write_bytes(b"eng"),
+    "no engine": lambda path: path.unlink(),
+    "no record": lambda path: path.with_suffix(".json").unlink(),
+    "half a record": lambda path: path.with_suffix(".json").write_bytes(path.with_suffix(".json").read_bytes()[:99]),
+    "not a record": lambda path: path.with_suffix(".json").write_bytes(b"[]"),
+    "not text": lambda path: path.with_suffix(".json").write_bytes(b"\xff\xfe"),
+    "deep": lambda path: path.with_suffix(".json").write_bytes(b"[" * 100_000),
+    "another schema": lambda path: path.with_suffix(".json").write_bytes(
+        path.with_suffix(".json").read_bytes().replace(b'"schema": 1', b'"schema": 2')
+    ),
+    "an unknown field": lambda path: path.with_suffix(".json").write_bytes(
+        path.with_suffix(".json").read_bytes().replace(b"{", b'{"x": 1, ', 1)
+    ),
+    "another machine's": lambda path: path.parent.rename(path.parent.with_name("thor-sm110-trt10.3.0-cuda13")),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damage_is_never_loaded(bundle: Path, add: Add, what: str) -> None:
+    record = add()
+    DAMAGE[what](bundle / record.file)
+    manifest = Manifest.load(bundle)
+    assert engine_cache.find(bundle, MACHINE, record.key, "vision", None) is None
+    for fingerprint in (MACHINE, "thor-sm110-trt10.3.0-cuda13"):
+        assert newest(bundle, manifest, fingerprint) == {}
+    assert states(bundle) == ["broken"]
+    for found in survey(bundle, manifest):
+        engine_cache.remove(found)
+    assert list((bundle / engine_cache.ENGINES).iterdir()) == []
+
+
+def test_a_flipped_byte_needs_the_hash(bundle: Path, add: Add) -> None:
+    record = add(data=b"engine")
+    (bundle / record.file).write_bytes(b"enginf")
+    assert engine_cache.find(bundle, MACHINE, record.key, "vision", None) == record
+    with pytest.raises(EngineError, match=r"is corrupt(?s:.*)--engines-only"):
+        engine_cache.verify(bundle, record)
+
+
+def test_killed_between_engine_and_record(bundle: Path, add: Add, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old record must not vouch for new bytes of the same length."""
+    add(data=b"old")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine_cache, "write_bytes", killed)
+    with pytest.raises(KeyboardInterrupt):
+        add(data=b"new")
+    assert states(bundle) == ["broken"]
+
+
+# --- tidying and carrying over ------------------------------------------------------------------------------------------------
+
+
+def test_removing_takes_everything_of_an_engine(bundle: Path, add: Add) -> None:
+    record = add(data=b"engine")
+    for suffix in (".layers", ".jit"):
+        (bundle / record.file).with_suffix(suffix).write_bytes(b"x")
+    assert states(bundle) == ["current"]
+    (found,) = survey(bundle, Manifest.load(bundle))
+    assert engine_cache.remove(found) == 6
+    assert not (bundle / record.file).parent.exists()
+
+
+def test_leftovers_are_shown(bundle: Path, add: Add) -> None:
+    record = add()
+    folder = (bundle / record.file).parent
+    for name in (".vision.0123.building", "x.jit", "y.layers", "notes.txt"):
+        (folder / name).write_bytes(b"x")
+    (folder / engine_cache.TIMING_CACHE).write_bytes(b"t")
+    (folder / engine_cache.ENGINE_PARITY).write_bytes(b"{}")
+    assert sorted(states(bundle)) == ["broken"] * 4 + ["current"]
+
+
+def test_what_a_new_bundle_takes_along(bundle: Path, add: Add, tmp_path: Path) -> None:
+    refittable = EngineSettings(optimization_level=3, refit=True, code="c")
+    kept = add(data=b"same weights")
+    old = add("action_head", content="0" * 64, data=b"old weights")
+    refit = add("action_head", content="1" * 64, data=b"old weights to refit", settings=refittable)
+    folder = (bundle / kept.file).parent
+    (folder / engine_cache.TIMING_CACHE).write_bytes(b"times")
+    (bundle / kept.file).with_suffix(".jit").write_bytes(b"compiled")
+    (folder / "stray.engine").write_bytes(b"?")
+    new = make_bundle(tmp_path / "new.bundle", Tiny())
+    assert engine_cache.carry_over(bundle, new, Manifest.load(new)) == 2
+    assert (new / kept.file).stat().st_ino == (bundle / kept.file).stat().st_ino
+    assert (new / kept.file).with_suffix(".jit").read_bytes() == b"compiled"
+    assert (new / refit.file).exists()
+    assert not (new / old.file).exists()
+    assert not (new / "engines" / MACHINE / "stray.engine").exists()
+    assert (new / "engines" / MACHINE / engine_cache.TIMING_CACHE).read_bytes() == b"times"
+    assert sorted(states(new)) == ["current", "stale"]
+
+
+def test_nothing_to_take_along(bundle: Path, tmp_path: Path) -> None:
+    assert engine_cache.carry_over(tmp_path / "absent", bundle, Manifest.load(bundle)) == 0
+    assert survey(bundle, Manifest.load(bundle)) == []
+
+
+def test_a_full_disk_is_a_typed_error(bundle: Path, add: Add, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(StorageError, match="cannot write"):
+        add()
+    assert newest(bundle, Manifest.load(bundle), MACHINE) == {}
