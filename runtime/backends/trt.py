@@ -94,7 +94,6 @@ class TrtBackend:
             got=", ".join(present) or "no engines",
             expected=" or ".join(wanted),
             hint="python export/build_engines.py --engines-only BUNDLE builds them here, from the bundle alone.",
-            absent=True,
         )
 
 
@@ -202,6 +201,7 @@ class DeviceChain:
     ) -> None:
         self._cuda, self._tensorrt, self._folder, self._manifest = cuda, tensorrt, folder, manifest
         self._verify = verify
+        self._verified: set[str] = set()
         self._languages = {
             sequence: record
             for (stage, sequence), record in records.items()
@@ -215,7 +215,7 @@ class DeviceChain:
         self._finalizer = weakref.finalize(self, own.release)
         try:
             for stage in ("vision", "action_head"):
-                own.stages[stage] = _Loaded(tensorrt, folder, records[stage, None], verify=verify)
+                own.stages[stage] = self._load(records[stage, None])
             self._stream: Handle = cuda.stream()
             own.stream = self._stream
             self._stream_pointer = cuda.stream_pointer(self._stream)
@@ -266,12 +266,7 @@ class DeviceChain:
             cuda.launch(graph, self._stream)
         cuda.synchronize(self._stream)
         self._keep_states_finite()
-        spent = {}
-        if self._timed:
-            moments = self._own.events
-            for index, section in enumerate(SECTIONS):
-                spent[section] = cuda.elapsed_ms(moments[index], moments[index + 1])
-        return Tick(self._views["feature"], self._views["action"], spent)
+        return Tick(self._views["feature"], self._views["action"], self._sections() if self._timed else {})
 
     def run_vision(self, frames: NDArray[np.uint8]) -> Floats:
         self._cuda.attach()
@@ -307,6 +302,14 @@ class DeviceChain:
 
     # --- engines --------------------------------------------------------------------------------------------------------------
 
+    def _load(self, record: EngineRecord) -> _Loaded:
+        """Load an engine; its gigabytes are hashed once."""
+        loaded = _Loaded(
+            self._tensorrt, self._folder, record, verify=self._verify and record.file not in self._verified
+        )
+        self._verified.add(record.file)
+        return loaded
+
     def _load_language(self, bucket: int) -> None:
         """Exchange the language engine: two of them would hold the decoder's weights twice."""
         self._own.drop_graph()
@@ -314,7 +317,7 @@ class DeviceChain:
         self._bucket = 0
         if old is not None:
             old.close()
-        loaded = _Loaded(self._tensorrt, self._folder, self._languages[bucket], verify=self._verify)
+        loaded = self._load(self._languages[bucket])
         self._own.stages["language"] = loaded
         self._bind(loaded)
         self._bucket = bucket
@@ -395,6 +398,21 @@ class DeviceChain:
             self._cuda.on_device(
                 self._pointers[present], self._pointers[following], self._tensor_bytes[present], self._stream
             )
+
+    def _sections(self) -> dict[str, float]:
+        """Milliseconds between the events of the last tick. Not knowing them is no reason to stop a robot."""
+        moments = self._own.events
+        try:
+            return {
+                section: self._cuda.elapsed_ms(moments[index], moments[index + 1])
+                for index, section in enumerate(SECTIONS)
+            }
+        except DeviceError as error:
+            if error.sticky:
+                raise
+            log.warning("the sections of a step cannot be timed here: %s", error.what)
+            self._timed = False
+            return {}
 
     def _keep_states_finite(self) -> None:
         """Take the tick back if its states or action are not finite: a NaN in the states would stay for the rest of the episode."""

@@ -140,6 +140,15 @@ def test_a_driver_that_cannot_time_inside_a_graph(folder: Path) -> None:
     assert set(policy.step(FRAMES[0]).timing) == {"preprocess", "total"}
 
 
+def test_a_driver_that_cannot_read_the_times(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    policy, gpu = on_device(folder)
+    policy.reset(GO_LEFT)
+    gpu.fail = {"elapsed_ms": (1, 400)}
+    assert set(policy.step(FRAMES[0]).timing) == {"preprocess", "total"}
+    assert set(policy.step(FRAMES[1]).timing) == {"preprocess", "total"}
+    assert caplog.text.count("cannot be timed") == 1
+
+
 def test_a_driver_that_cannot_capture_at_all(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     policy, gpu = on_device(folder)
     gpu.fail = {"end_capture": (0, 900)}
@@ -189,6 +198,18 @@ def test_another_length_captures_again_and_destroys_in_order(folder: Path) -> No
     assert gpu.calls.index("context destroyed") > released
     np.testing.assert_array_equal(actions(policy, FRAMES), actions(host, FRAMES))
     assert gpu.live["graphs"] == 1
+
+
+def test_an_engine_is_hashed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+    real = engine_cache.verify
+    monkeypatch.setattr(
+        engine_cache, "verify", lambda bundle, record: hashed.append(record.label) or real(bundle, record)
+    )
+    policy, _ = on_device(folder)
+    for ids in ((0, 7, 2), LONG_IDS, (0, 7, 2), LONG_IDS):
+        policy.reset(token_ids=ids)
+    assert sorted(hashed) == ["action_head", "language.s12", "language.s24", "vision"]
 
 
 def test_closing_gives_everything_back_in_order(folder: Path) -> None:
@@ -295,7 +316,7 @@ def test_no_engines(folder: Path) -> None:
     gpu = FakeCuda(ORIN)
     with pytest.raises(EngineError, match="no engines for this machine") as caught:
         TrtBackend(cuda=gpu, tensorrt=fake_tensorrt("10.3.0", gpu)).open(folder, Manifest.load(folder))
-    assert caught.value.absent
+    assert not caught.value.absent  # a GPU with TensorRT and without engines is worth a warning
     assert "orin-sm87-trt10.3.0-cuda12" in str(caught.value)
     assert "--engines-only" in caught.value.hint
 
