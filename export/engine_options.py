@@ -18,7 +18,7 @@ class EngineOptions:
 
     Attributes:
         tensorrt: auto takes TensorRT if it is installed and there is a GPU, else TensorRT-RTX if installed, else builds no engines.
-        target: GPU to build for without having it (TensorRT-RTX): sm75 to sm121, or portable (sm80 and later). Repeatable.
+        target: GPU to build for without having it (TensorRT-RTX): sm80 to sm121, or portable (sm80 and later). Repeatable.
         optimization_level: 0 (fast build) to 5 (fast engine).
         workspace_mb: scratch memory that kernels may use; by default from what is free.
         refit: build engines whose weights can be replaced, and replace instead of building where that is possible.

@@ -205,6 +205,12 @@ def _with_rtx(options: EngineOptions, device: Device | None, reasons: str) -> Ma
             if "sm87" in unknown
             else f"{PORTABLE} covers sm80, sm86, sm89, sm120 and later.",
         )
+    if options.refit and device is None:
+        raise ConfigError(
+            "TensorRT-RTX builds refittable engines only where there is a GPU",
+            got="--refit without a GPU",
+            hint="leave --refit out; a swap of adapters then builds the engines that it changes.",
+        )
     own = f"sm{device.sm}" if device is not None else None
     targets = options.target or (own if own in known else PORTABLE,)
     where = f"{MODULES['rtx']} {tensorrt.version} for {', '.join(map(str, targets))}"

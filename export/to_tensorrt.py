@@ -185,8 +185,11 @@ def _failure(tensorrt: TensorRT, request: EngineRequest, what: str) -> EngineBui
             hint="close other programs, add swap (a Jetson needs 8 GB or more for a full-size language stage), lower --workspace-mb, "
             "or --optimization-level 1.",
         )
+    turing = "FP32 GEMM is not supported" in reason
     return EngineBuildError(
         f"TensorRT {tensorrt.version} {what} for {request.label}",
         got=reason,
-        hint="the log above says at which layer; an older --optimization-level, e.g. 2, avoids some of its bugs.",
+        hint="TensorRT-RTX multiplies in fp16 only on Turing (sm75), and the action head is fp32; use --backend ort:cuda there."
+        if turing
+        else "the message names the layer; a lower --optimization-level, e.g. 2, avoids some of TensorRT's bugs.",
     )

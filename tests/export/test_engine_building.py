@@ -174,6 +174,8 @@ def test_damaged_weights_are_found_before_anything_is_built(bundle: Path) -> Non
         ({"tensorrt": "rtx", "target": ("sm1",)}, ConfigError, "expected: sm75"),
         ({"tensorrt": "off", "target": ("sm86",)}, ConfigError, "engines are off"),
         ({"tensorrt": "rtx", "bucket": (7,)}, ConfigError, "expected: 88, 128"),
+        ({"tensorrt": "rtx", "refit": True}, ConfigError, "--refit without a GPU"),
+        ({"tensorrt": "rtx", "target": ("sm75",)}, EngineBuildError, "fp16 only on Turing"),
         ({"tensorrt": "trt"}, EngineError, "tensorrt cannot be imported"),
     ],
 )
@@ -299,6 +301,7 @@ class Robot:
         return build_engine(self.tensorrt, request, go_on)
 
 
+@pytest.mark.fake_gpu
 def test_engines_are_proved_where_they_run(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     robot = Robot(monkeypatch)
     outcome = engines(bundle, EngineOptions(), build=robot.build)
@@ -313,6 +316,7 @@ def test_engines_are_proved_where_they_run(bundle: Path, monkeypatch: pytest.Mon
     assert (labels(again.reused), again.verified) == (LABELS, ())
 
 
+@pytest.mark.fake_gpu
 def test_engines_that_compute_something_else_are_not_kept(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     robot = Robot(monkeypatch)
 
@@ -336,6 +340,7 @@ def test_engines_that_compute_something_else_are_not_kept(bundle: Path, monkeypa
     assert engine_cache.newest(bundle, Manifest.load(bundle), robot.fingerprint) == {}
 
 
+@pytest.mark.fake_gpu
 def test_new_adapters_are_refitted_and_proved(bundle: Path, built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     robot = Robot(monkeypatch)
     options = EngineOptions(refit=True)
@@ -353,6 +358,7 @@ def test_new_adapters_are_refitted_and_proved(bundle: Path, built: Built, monkey
     assert labels(engines(swapped, options, build=old.build).built) == LABELS
 
 
+@pytest.mark.fake_gpu
 def test_a_bundle_without_a_recording_says_so(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     robot = Robot(monkeypatch)
     manifest = Manifest.load(bundle)

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("onnxruntime")
-
 from bundle.errors import DeviceError, EngineBuildError
 from export.to_tensorrt import build_engine
 from runtime.backends.fake_gpu import ORIN, FakeCuda
 from runtime.backends.fake_tensorrt import VERSIONS, DataType
 from tests.bundles import Tiny, make_bundle
 from tests.engines import fake_tensorrt, go_on, request
+
+pytest.importorskip("onnxruntime")  # it computes what the fake engines compute
+pytestmark = pytest.mark.fake_gpu
 
 
 @pytest.fixture

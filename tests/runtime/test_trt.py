@@ -11,8 +11,6 @@ import msgspec
 import numpy as np
 import pytest
 
-pytest.importorskip("onnxruntime")
-
 from bundle import engine_cache
 from bundle.errors import BackendError, DeviceError, EngineError, PromptError
 from bundle.manifest import Manifest
@@ -25,6 +23,8 @@ from runtime.policy import Policy
 from tests.bundles import GO_LEFT, GO_RIGHT, LONG_IDS, WINDOW, Tiny, edit_manifest, make_bundle
 from tests.engines import add_engines, fake_backend, fake_tensorrt
 
+pytest.importorskip("onnxruntime")  # it computes what the fake engines compute
+pytestmark = pytest.mark.fake_gpu
 FRAMES = np.random.default_rng(3).integers(0, 256, (9, 24, 32, 3), dtype=np.uint8)
 
 
