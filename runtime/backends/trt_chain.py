@@ -1,0 +1,382 @@
+"""The chain on the device: buffers, recurrent states, and one CUDA graph over copies and stages.
+
+Buffers are allocated once, the states never leave the device, and a tick is one launch. The graph is captured after a warm run, again when
+a prompt of another length needs another engine, and destroyed before the contexts that it captured.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bundle.engine_cache import EngineRecord
+from bundle.errors import BackendError, DeviceError, EngineError
+from bundle.manifest import Tensor
+from runtime.backends.base import checked_feed
+from runtime.backends.trt_engine import LoadedEngine
+from runtime.chain import SECTIONS, Floats, Tick, no_prompt
+from runtime.gpu import Cuda, Device, Handle, HostBuffer
+from runtime.prompt import PromptTensors
+from runtime.tensorrt_flavour import TensorRT
+
+log = logging.getLogger("jetvla")
+
+# Copied to the device at every tick, and back.
+_IN, _OUT = ("frames",), ("feature", "action", "next_h", "next_c")
+_STATES = (("h", "next_h"), ("c", "next_c"))
+_PROMPT = ("prompt", "image_index", "action_index")
+
+
+class _Resources:
+    """What must be given back, in the order that CUDA and TensorRT want."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        self.cuda = cuda
+        self.graph: Handle | None = None
+        self.stages: dict[str, LoadedEngine] = {}
+        self.device: list[int] = []
+        self.host: list[HostBuffer] = []
+        self.events: list[Handle] = []
+        self.stream: Handle | None = None
+
+    def release(self) -> None:
+        """Give everything back; after a sticky error the driver refuses, and the process's end does it."""
+        cuda = self.cuda
+        with suppress(DeviceError):
+            cuda.attach()
+        if self.stream is not None:
+            with suppress(DeviceError):
+                cuda.synchronize(self.stream)
+        self.drop_graph()
+        for stage in self.stages.values():
+            stage.close()
+        self.stages.clear()
+        while self.device:
+            with suppress(DeviceError):
+                cuda.release(self.device.pop())
+        while self.host:
+            with suppress(DeviceError):
+                cuda.release_host(self.host.pop())
+        while self.events:
+            with suppress(DeviceError):
+                cuda.release_event(self.events.pop())
+        if self.stream is not None:
+            with suppress(DeviceError):
+                cuda.release_stream(self.stream)
+            self.stream = None
+
+    def drop_graph(self) -> None:
+        if self.graph is not None:
+            with suppress(DeviceError):
+                self.cuda.release_graph(self.graph)
+            self.graph = None
+
+
+class DeviceChain:
+    """A chain on the device; see runtime.chain.Chain. Made by TrtBackend.open.
+
+    The states are double-buffered: a tick first makes the last tick's `next_h, next_c` the present `h, c`, then computes new ones. So the
+    states before a tick are still there after it, and a tick whose numbers are not finite can be taken back.
+    """
+
+    def __init__(
+        self,
+        cuda: Cuda,
+        tensorrt: TensorRT,
+        device: Device,
+        folder: Path,
+        records: dict[tuple[str, int | None], EngineRecord],
+        *,
+        verify: bool,
+    ) -> None:
+        self._cuda, self._tensorrt, self._folder = cuda, tensorrt, folder
+        self._verify = verify
+        self._verified: set[str] = set()
+        self._languages = {
+            sequence: record
+            for (stage, sequence), record in records.items()
+            if stage == "language" and sequence is not None
+        }
+        self.buckets = tuple(sorted(self._languages))
+        self._bucket = 0
+        self._has_prompt = False
+        self._timed = True
+        self._own = own = _Resources(cuda)
+        self._finalizer = weakref.finalize(self, own.release)
+        try:
+            for stage in ("vision", "action_head"):
+                own.stages[stage] = self._load(records[stage, None])
+            self._stream: Handle = cuda.stream()
+            own.stream = self._stream
+            self._stream_pointer = cuda.stream_pointer(self._stream)
+            for _ in range(len(SECTIONS) + 1):
+                own.events.append(cuda.event())
+            self._allocate(integrated=device.integrated)
+            for stage in ("vision", "action_head"):
+                self._bind(own.stages[stage])
+            self._forget()
+        except BaseException:
+            own.release()
+            raise
+
+    # --- the chain ------------------------------------------------------------------------------------------------------------
+
+    def set_prompt(self, prompt: PromptTensors) -> None:
+        self._cuda.attach()
+        self._has_prompt = False
+        if prompt.bucket != self._bucket:
+            self._load_language(prompt.bucket)
+        language = self._own.stages["language"].tensors
+        for name in _PROMPT:
+            # 8.6 has 32-bit integers only; indices are far below 2^31.
+            array: NDArray[np.generic] = getattr(prompt, name).astype(language[name].dtype, copy=False)
+            flat = self._views[name].reshape(-1)
+            flat[: array.size] = array.reshape(-1)  # the buffer is as long as the longest prompt's
+            self._copy_in(name)
+        self._cuda.synchronize(self._stream)
+        if self._own.graph is None:
+            self._warm_up()
+        self._forget()
+        self._has_prompt = True
+
+    def clear(self) -> None:
+        self._cuda.attach()
+        self._has_prompt = False
+        self._forget()
+
+    def tick(self, frames: NDArray[np.uint8]) -> Tick:
+        if not self._has_prompt:
+            raise no_prompt()
+        cuda, graph = self._cuda, self._own.graph
+        cuda.attach()
+        self._fill("frames", frames)
+        if graph is None:
+            self._enqueue_tick(captured=False)
+        else:
+            cuda.launch(graph, self._stream)
+        cuda.synchronize(self._stream)
+        self._keep_states_finite()
+        return Tick(self._views["feature"], self._views["action"], self._sections() if self._timed else {})
+
+    def run_vision(self, frames: NDArray[np.uint8]) -> Floats:
+        self._cuda.attach()
+        self._fill("frames", frames)
+        self._copy_in("frames")
+        self._run("vision")
+        return self._fetch("image_tokens")
+
+    def run_language(self, image_tokens: Floats) -> Floats:
+        if not self._has_prompt:
+            raise no_prompt()
+        self._cuda.attach()
+        self._fill("image_tokens", image_tokens)
+        self._copy_in("image_tokens")
+        self._run("language")
+        return self._fetch("feature")
+
+    def run_action_head(self, feature: Floats) -> Floats:
+        self._cuda.attach()
+        self._fill("feature", feature)
+        self._copy_in("feature")
+        self._advance_states()
+        self._run("action_head")
+        for name in ("next_h", "next_c"):
+            self._copy_out(name)
+        action = self._fetch("action")
+        self._keep_states_finite()
+        return action
+
+    def close(self) -> None:
+        self._has_prompt = False
+        self._finalizer()
+
+    # --- engines --------------------------------------------------------------------------------------------------------------
+
+    def _load(self, record: EngineRecord) -> LoadedEngine:
+        """Load an engine; its gigabytes are hashed once."""
+        loaded = LoadedEngine(
+            self._tensorrt, self._folder, record, verify=self._verify and record.file not in self._verified
+        )
+        self._verified.add(record.file)
+        return loaded
+
+    def _load_language(self, bucket: int) -> None:
+        """Exchange the language engine: two of them would hold the decoder's weights twice."""
+        self._own.drop_graph()
+        old = self._own.stages.pop("language", None)
+        self._bucket = 0
+        if old is not None:
+            old.close()
+        loaded = self._load(self._languages[bucket])
+        self._own.stages["language"] = loaded
+        self._bind(loaded)
+        self._bucket = bucket
+
+    def _bind(self, loaded: LoadedEngine) -> None:
+        missing = sorted(set(loaded.tensors) - set(self._pointers))
+        if missing:
+            raise EngineError(
+                f"{loaded.record.file} has tensors that the chain does not know",
+                got=", ".join(missing),
+                hint="build the engines again: export/build_engines.py --engines-only BUNDLE --force",
+            )
+        loaded.enqueue = self._tensorrt.bind(loaded.context, {name: self._pointers[name] for name in loaded.tensors})
+
+    def _warm_up(self) -> None:
+        """One run for lazy initialisation, then the capture; without graphs the stages are enqueued one by one."""
+        cuda = self._cuda
+        self._enqueue_tick(captured=False)
+        cuda.synchronize(self._stream)
+        for stage in self._own.stages.values():
+            stage.keep_compiled()
+        contexts = [stage.context for stage in self._own.stages.values()]
+        if not cuda.has_graphs or not all(self._tensorrt.capturable(item, self._stream_pointer) for item in contexts):
+            log.warning("%s cannot be captured in a CUDA graph here; the stages are launched one by one", self._folder)
+            return
+        reason: DeviceError | None = None
+        for timed in (True, False):  # a driver may refuse to record events inside a capture
+            try:
+                cuda.begin_capture(self._stream)
+                try:
+                    self._enqueue_tick(captured=True, timed=timed)
+                    self._own.graph = cuda.end_capture(self._stream)
+                except BackendError:
+                    cuda.abandon_capture(self._stream)
+                    raise
+            except DeviceError as error:
+                if error.sticky:
+                    raise
+                reason = error
+            else:
+                self._timed = timed
+                return
+        log.warning(
+            "the CUDA graph of %s could not be captured (%s); the stages are launched one by one", self._folder, reason
+        )
+        self._timed = True
+
+    # --- one tick on the stream -----------------------------------------------------------------------------------------------
+
+    def _enqueue_tick(self, *, captured: bool, timed: bool = True) -> None:
+        moments = iter(self._own.events)
+
+        def mark() -> None:
+            if timed:
+                self._cuda.record(next(moments), self._stream, captured=captured)
+
+        mark()
+        for name in _IN:
+            self._copy_in(name)
+        self._advance_states()
+        for stage in SECTIONS:
+            self._run(stage)
+            mark()
+        for name in _OUT:
+            self._copy_out(name)
+
+    def _run(self, stage: str) -> None:
+        loaded = self._own.stages[stage]
+        if not loaded.enqueue(self._stream_pointer):
+            raise BackendError(
+                f"TensorRT could not run {loaded.record.label}",
+                got=self._tensorrt.log.errors(),
+                hint="replay the golden step with runtime/run_robot.py BUNDLE --check; if it fails too, build the engines again.",
+            )
+
+    def _advance_states(self) -> None:
+        for present, following in _STATES:
+            self._cuda.on_device(
+                self._pointers[present], self._pointers[following], self._tensor_bytes[present], self._stream
+            )
+
+    def _sections(self) -> dict[str, float]:
+        """Milliseconds between the events of the last tick. Not knowing them is no reason to stop a robot."""
+        moments = self._own.events
+        try:
+            return {
+                section: self._cuda.elapsed_ms(moments[index], moments[index + 1])
+                for index, section in enumerate(SECTIONS)
+            }
+        except DeviceError as error:
+            if error.sticky:
+                raise
+            log.warning("the sections of a step cannot be timed here: %s", error.what)
+            self._timed = False
+            return {}
+
+    def _keep_states_finite(self) -> None:
+        """Take the tick back if its states or action are not finite: a NaN in the states would stay for the rest of the episode."""
+        with np.errstate(all="ignore"):
+            # A sum is finite only if all its terms are; it needs no memory.
+            finite = all(np.isfinite(self._views[name].sum()) for name in ("action", "next_h", "next_c"))
+        if not finite:
+            for present, following in _STATES:
+                self._cuda.on_device(
+                    self._pointers[following], self._pointers[present], self._tensor_bytes[present], self._stream
+                )
+            self._cuda.synchronize(self._stream)
+
+    def _forget(self) -> None:
+        for _, following in _STATES:
+            self._cuda.zero(self._pointers[following], self._tensor_bytes[following], self._stream)
+        self._cuda.synchronize(self._stream)
+
+    # --- buffers --------------------------------------------------------------------------------------------------------------
+
+    def _allocate(self, *, integrated: bool) -> None:
+        """One device buffer and one page-locked host buffer a tensor. Where the GPU shares the host's memory, what crosses at every tick is
+        one buffer seen from both sides, and is not copied.
+        """
+        self._pointers: dict[str, int] = {}
+        self._hosts: dict[str, HostBuffer] = {}
+        self._views: dict[str, NDArray[Any]] = {}
+        self._shared: set[str] = set()
+        self._tensor_bytes: dict[str, int] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for tensor in self._all_tensors():
+            size = int(np.prod(tensor.shape)) * np.dtype(tensor.dtype).itemsize
+            shared = integrated and tensor.name in ("frames", "feature", "action")
+            if tensor.name not in ("h", "c"):
+                host = self._cuda.allocate_host(size, mapped=shared)
+                self._own.host.append(host)
+                self._hosts[tensor.name] = host
+                self._views[tensor.name] = host.array.view(tensor.dtype).reshape(tensor.shape)
+                host.array[:] = 0
+            if shared:
+                self._shared.add(tensor.name)
+                self._pointers[tensor.name] = host.device_pointer
+            else:
+                pointer = self._cuda.allocate(size)
+                self._own.device.append(pointer)
+                self._pointers[tensor.name] = pointer
+            self._tensor_bytes[tensor.name] = size
+
+    def _all_tensors(self) -> list[Tensor]:
+        """Every tensor of the three stages once, as the engines have them; the prompt's at its longest."""
+        longest = self._languages[self.buckets[-1]]
+        records = [self._own.stages[stage].record for stage in ("vision", "action_head")] + [longest]
+        tensors = {tensor.name: tensor for record in records for tensor in (*record.inputs, *record.outputs)}
+        return list(tensors.values())
+
+    def _fill(self, name: str, array: NDArray[np.generic]) -> None:
+        view = self._views[name]
+        np.copyto(view, checked_feed("the engine chain", name, array, view.shape, view.dtype))
+
+    def _copy_in(self, name: str) -> None:
+        if name not in self._shared:
+            self._cuda.to_device(self._pointers[name], self._hosts[name], self._stream)
+
+    def _copy_out(self, name: str) -> None:
+        if name not in self._shared:
+            self._cuda.to_host(self._hosts[name], self._pointers[name], self._stream)
+
+    def _fetch(self, name: str) -> Floats:
+        self._copy_out(name)
+        self._cuda.synchronize(self._stream)
+        return self._views[name]

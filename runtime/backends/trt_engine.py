@@ -1,0 +1,53 @@
+"""One engine, loaded: its record checked, its bytes mapped, its context ready to enqueue. Knows nothing about what the engine computes."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from bundle import engine_cache
+from bundle.atomic import write_bytes
+from bundle.engine_cache import EngineRecord
+from bundle.errors import EngineError, StorageError
+from runtime.tensorrt_flavour import TensorRT
+
+
+class LoadedEngine:
+    """An engine with its context. The runtime must outlive the engine, the engine the context."""
+
+    def __init__(self, tensorrt: TensorRT, folder: Path, record: EngineRecord, *, verify: bool) -> None:
+        self.record = record
+        path = folder / record.file
+        if verify:
+            engine_cache.verify(folder, record)
+        self._jit_path = path.with_suffix(".jit")
+        self._jit = self._jit_path.read_bytes() if self._jit_path.is_file() else b""
+        self.runtime = tensorrt.module.Runtime(tensorrt.logger)
+        # Mapped, so that the file's pages can be given back at once: on a Jetson they share memory with the engine.
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            self.engine = tensorrt.deserialize(self.runtime, content, record.file)
+        self.context, self._compiled = tensorrt.context(self.engine, self._jit)
+        if self.context is None:
+            raise EngineError(
+                f"TensorRT cannot make a context for {record.file}",
+                got=tensorrt.log.errors(),
+                hint="out of GPU memory most likely: close other programs, or use an fp16 bundle.",
+            )
+        self.tensors = {item.tensor.name: item.tensor for item in tensorrt.tensors(self.engine)}
+        self.enqueue: Callable[[int], bool] = lambda stream: False
+
+    def keep_compiled(self) -> None:
+        """Write down what TensorRT-RTX compiled for this GPU, so that the next start need not; a read-only bundle is no reason to fail."""
+        if self._compiled is None:
+            return
+        with suppress(OSError, StorageError):
+            content = bytes(self._compiled.serialize())
+            if content != self._jit:
+                write_bytes(self._jit_path, content)
+                self._jit = content
+
+    def close(self) -> None:
+        self.enqueue = lambda stream: False
+        del self.context, self.engine, self.runtime  # in this order
