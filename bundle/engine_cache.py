@@ -224,7 +224,8 @@ def survey(bundle: Path, manifest: Manifest) -> list[Found]:
 def remove(found: Found) -> int:
     """Delete an engine with its record, or a stray file; returns the bytes freed."""
     with disk_errors(found.path):
-        for suffix in _COMPANIONS:  # the record first: an engine without one is not loaded
+        # The record first: an engine without one is not loaded. A stray file has none: `x.txt` beside `x.engine` is not its owner.
+        for suffix in _COMPANIONS if found.path.suffix == ".engine" else ():
             found.path.with_suffix(suffix).unlink(missing_ok=True)
         found.path.unlink(missing_ok=True)
     with suppress(OSError):

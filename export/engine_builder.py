@@ -254,7 +254,8 @@ def _prove(bundle: Path, manifest: Manifest, machines: Machines, fingerprint: st
     report_path.unlink(missing_ok=True)
     frames = sum(len(episode.frames) for episode in recording.episodes)
     with reporter.count_bar(f"engines: {fingerprint}", frames) as advance:
-        policy = Policy(bundle, manifest, TrtBackend(flavour=machines.tensorrt.name if machines.tensorrt else None))
+        flavour = machines.tensorrt.name if machines.tensorrt else None
+        policy = Policy(bundle, manifest, TrtBackend(flavour, fingerprint=fingerprint))
         try:
             buckets = policy.buckets
             if set(buckets) != set(manifest.prompt.buckets):
@@ -269,8 +270,9 @@ def _prove(bundle: Path, manifest: Manifest, machines: Machines, fingerprint: st
     for reason in report.reasons:
         reporter.warn(reason)
     if report.verdict == "FAIL":
-        for record in engine_cache.newest(bundle, manifest, fingerprint).values():
-            (bundle / record.file).with_suffix(".json").unlink(missing_ok=True)
+        while records := engine_cache.newest(bundle, manifest, fingerprint):  # older ones must not step in unproved
+            for record in records.values():
+                (bundle / record.file).with_suffix(".json").unlink(missing_ok=True)
         raise ParityError(
             "the TensorRT engines do not do what the checkpoint does",
             got="; ".join(report.reasons),

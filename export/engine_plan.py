@@ -166,9 +166,18 @@ def workspace_bytes(options: EngineOptions, free: int | None, weight_bytes: int)
 
 
 def free_device_bytes() -> int | None:
-    """GPU memory that is free now; None without a GPU."""
+    """GPU memory that is free now; None without a GPU.
+
+    Where the GPU shares the host's memory, CUDA counts the page cache as taken, which the kernel gives back when asked: there it is what
+    the kernel calls available.
+    """
     try:
-        return open_cuda().free_bytes()
+        cuda = open_cuda()
+        if cuda.device().integrated:
+            for line in Path("/proc/meminfo").read_text().splitlines():
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+        return cuda.free_bytes()
     except DeviceError:
         return None
 

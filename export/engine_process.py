@@ -45,6 +45,9 @@ def build_in_process(request: EngineRequest, progress: Progress, command: tuple[
                 env={**os.environ, "PYTHONPATH": paths},
                 start_new_session=True,  # Ctrl-C is for the parent, which ends the child itself
             )
+        except BaseException:
+            os.close(reader)
+            raise
         finally:
             os.close(writer)
         try:
@@ -70,6 +73,8 @@ def _listen(reader: int, progress: Progress) -> EngineBuilt | None:
     built = None
     with os.fdopen(reader, "rb") as lines:
         for line in lines:
+            if not line.endswith(b"\n"):
+                break  # killed in the middle of a message
             kind, content = msgspec.json.decode(line)
             if kind == "progress":
                 progress(*content)

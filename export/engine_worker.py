@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import signal
 import sys
 from contextlib import suppress
@@ -26,6 +27,8 @@ def main() -> int:
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     descriptor = int(sys.argv[1])
+    if _is_orphan(descriptor):
+        return 1
 
     def send(kind: str, content: object) -> None:
         os.write(descriptor, msgspec.json.encode([kind, content]) + b"\n")
@@ -52,6 +55,13 @@ def main() -> int:
         send("oserror", [error.errno, error.strerror, str(error.filename)])
         return 1
     return 0
+
+
+def _is_orphan(descriptor: int) -> bool:
+    """True if nobody reads the pipe any more: a parent that died before the request for its signal sends none."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(state & select.POLLERR for _, state in poll.poll(0))
 
 
 if __name__ == "__main__":

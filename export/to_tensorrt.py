@@ -7,10 +7,12 @@ runtime/tensorrt_flavour.py.
 
 from __future__ import annotations
 
+import mmap
 import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -126,7 +128,10 @@ def build_engine(tensorrt: TensorRT, request: EngineRequest, report: Report) -> 
         if cached:
             assert cache is not None
             cache.write_bytes(tensorrt.timing_cache(config))
-        _inspect(tensorrt, request)
+        del config
+    # The builder holds the weights; loading the engine needs room for them again.
+    del parser, network, builder
+    _inspect(tensorrt, request)
     return EngineBuilt(
         layers=layers,
         typed_layers=typed,
@@ -145,9 +150,7 @@ def _refit(tensorrt: TensorRT, request: EngineRequest) -> bool:
     if not tensorrt.refits_from_onnx:
         return False
     try:
-        open_cuda()
-        runtime = tensorrt.module.Runtime(tensorrt.logger)
-        engine = tensorrt.deserialize(runtime, Path(request.refit_from).read_bytes(), request.refit_from)
+        _runtime, engine = _load(tensorrt, Path(request.refit_from))
     except (DeviceError, EngineError):
         return False
     if not tensorrt.refit(engine, Path(request.graph)):
@@ -159,13 +162,20 @@ def _refit(tensorrt: TensorRT, request: EngineRequest) -> bool:
 def _inspect(tensorrt: TensorRT, request: EngineRequest) -> None:
     """Save the layers after fusion. It takes a GPU to load an engine: without one there is nothing to save, and nothing is lost."""
     try:
-        open_cuda()
-        runtime = tensorrt.module.Runtime(tensorrt.logger)
-        text = tensorrt.inspect(tensorrt.deserialize(runtime, Path(request.output).read_bytes(), request.label))
+        _runtime, engine = _load(tensorrt, Path(request.output))
+        text = tensorrt.inspect(engine)
     except (DeviceError, EngineError):
         return
     if text:
         Path(request.layers_output).write_text(text)
+
+
+def _load(tensorrt: TensorRT, path: Path) -> tuple[Any, Any]:
+    """A runtime, which must outlive its engine, and the engine; its file is mapped and not read: a Jetson has no room for it twice."""
+    open_cuda()
+    runtime = tensorrt.module.Runtime(tensorrt.logger)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return runtime, tensorrt.deserialize(runtime, content, path.name)
 
 
 def _peak_rss_mb() -> int:

@@ -223,12 +223,19 @@ class TensorRT:
             config.progress_monitor = _make_monitor(self.module, report)
 
     def build(self, builder: Any, network: Any, config: Any, path: Path) -> bool:
-        """Build and write the engine; False if TensorRT gave none (see `log`)."""
+        """Build and write the engine; False if TensorRT gave none (see `log`).
+
+        Raises:
+            OSError: the disk is full.
+        """
         if hasattr(builder, "build_serialized_network_to_stream") and hasattr(self.module, "IStreamWriter"):
             # Spares a copy of all weights in memory.
             with path.open("wb") as file:
                 writer = _make_writer(self.module, file.write)
-                return bool(builder.build_serialized_network_to_stream(network, config, writer))
+                done = bool(builder.build_serialized_network_to_stream(network, config, writer))
+                if writer.error is not None:
+                    raise writer.error
+                return done
         plan = builder.build_serialized_network(network, config)
         if plan is None:
             return False
@@ -413,7 +420,14 @@ def _make_writer(module: Any, write: Callable[[Any], int]) -> Any:
         def __init__(self) -> None:
             module.IStreamWriter.__init__(self)
 
+            self.error: OSError | None = None
+
         def write(self, data: bytes) -> int:
-            return write(data)
+            # TensorRT swallows exceptions and short writes alike, and calls the truncated engine a success.
+            try:
+                return write(data) if self.error is None else 0
+            except OSError as error:
+                self.error = error
+                return 0
 
     return Writer()

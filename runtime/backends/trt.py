@@ -23,6 +23,7 @@ class TrtBackend:
     Args:
         flavour: `trt` or `rtx`; by default the first for which the bundle has engines.
         verify: hash the engines before they are loaded (sizes and records are always checked).
+        fingerprint: load the engines of this folder and no others that the machine could run.
         cuda, tensorrt: for tests; by default what is installed.
 
     Raises:
@@ -37,6 +38,7 @@ class TrtBackend:
         flavour: FlavourName | None = None,
         *,
         verify: bool = True,
+        fingerprint: str | None = None,
         cuda: Cuda | None = None,
         tensorrt: TensorRT | None = None,
     ) -> None:
@@ -51,6 +53,7 @@ class TrtBackend:
         self._cuda = open_cuda() if cuda is None else cuda
         self._flavours = [open_flavour(name) for name in names] if tensorrt is None else [tensorrt]
         self._verify = verify
+        self._fingerprint = fingerprint
 
     def open(self, folder: Path, manifest: Manifest) -> Chain:
         """Load the engines of this machine.
@@ -63,6 +66,8 @@ class TrtBackend:
         wanted = []
         for tensorrt in self._flavours:
             for fingerprint in tensorrt.usable_fingerprints(device):
+                if self._fingerprint not in (None, fingerprint):
+                    continue
                 wanted.append(fingerprint)
                 records = engine_cache.newest(folder, manifest, fingerprint)
                 if {stage for stage, _ in records} == {"vision", "language", "action_head"}:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from bundle import engine_cache
@@ -158,6 +159,18 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "an unknown field": lambda path: path.with_suffix(".json").write_bytes(
         path.with_suffix(".json").read_bytes().replace(b"{", b'{"x": 1, ', 1)
     ),
+    "a missing field": lambda path: path.with_suffix(".json").write_bytes(
+        path.with_suffix(".json").read_bytes().replace(b'"layers": 1,', b"")
+    ),
+    "another stage's record": lambda path: path.with_suffix(".json").write_bytes(
+        path.with_suffix(".json").read_bytes().replace(b'"vision"', b'"action_head"')
+    ),
+    "another machine's record": lambda path: path.with_suffix(".json").write_bytes(
+        path.with_suffix(".json").read_bytes().replace(MACHINE.encode(), b"thor-sm110-trt10.3.0-cuda13")
+    ),
+    "a record that leads outside": lambda path: path.with_suffix(".json").write_bytes(
+        path.with_suffix(".json").read_bytes().replace(b'"vision"', b'"../../vision"')
+    ),
     "another machine's": lambda path: path.parent.rename(path.parent.with_name("thor-sm110-trt10.3.0-cuda13")),
 }
 
@@ -184,6 +197,59 @@ def test_a_flipped_byte_needs_the_hash(bundle: Path, add: Add) -> None:
         engine_cache.verify(bundle, record)
 
 
+@pytest.mark.parametrize(("data", "got"), [(None, "missing"), (b"eng", "3 bytes"), (b"engine+", "7 bytes")])
+def test_what_is_wrong_with_an_engine_is_said(bundle: Path, add: Add, data: bytes | None, got: str) -> None:
+    record = add(data=b"engine")
+    path = bundle / record.file
+    path.unlink()
+    if data is not None:
+        path.write_bytes(data)
+    with pytest.raises(EngineError, match=f"got: +{got}\n +expected: 6 bytes"):
+        engine_cache.verify(bundle, record)
+
+
+def test_any_other_bytes_are_not_the_engine(bundle: Path, add: Add) -> None:
+    data = bytes(range(32))
+    record = add(data=data)
+    engine_cache.verify(bundle, record)
+
+    @given(st.one_of(st.binary(max_size=40), st.binary(min_size=32, max_size=32)))
+    def check(other: bytes) -> None:
+        assume(other != data)
+        (bundle / record.file).write_bytes(other)
+        with pytest.raises(EngineError, match="is corrupt"):
+            engine_cache.verify(bundle, record)
+
+    check()
+
+
+def test_a_damaged_record_never_vouches_for_another_engine(bundle: Path, add: Add) -> None:
+    """Whatever a disk does to one byte: no exception, and what is still found is the same engine, or fails its hash."""
+    record = add()
+    sidecar = (bundle / record.file).with_suffix(".json")
+    intact = sidecar.read_bytes()
+    manifest = Manifest.load(bundle)
+
+    @given(st.integers(0, len(intact) - 1), st.integers(0, 255))
+    @settings(max_examples=300)
+    def check(where: int, value: int) -> None:
+        content = bytearray(intact)
+        content[where] = value
+        sidecar.write_bytes(content)
+        (seen,) = survey(bundle, manifest)
+        found = [engine_cache.find(bundle, MACHINE, record.key, "vision", None)]
+        found += newest(bundle, manifest, MACHINE).values()
+        for item in found:
+            if item is not None:
+                assert item.file == record.file
+                with suppress(EngineError):
+                    engine_cache.verify(bundle, item)
+                    assert (item.sha256, item.content) == (record.sha256, record.content)
+        assert seen.path == bundle / record.file
+
+    check()
+
+
 def test_killed_between_engine_and_record(bundle: Path, add: Add, monkeypatch: pytest.MonkeyPatch) -> None:
     """The old record must not vouch for new bytes of the same length."""
     add(data=b"old")
@@ -195,6 +261,20 @@ def test_killed_between_engine_and_record(bundle: Path, add: Add, monkeypatch: p
     with pytest.raises(KeyboardInterrupt):
         add(data=b"new")
     assert states(bundle) == ["broken"]
+
+
+def test_the_next_build_mends_what_a_killed_one_left(bundle: Path, add: Add, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_cache, "write_bytes", killed)
+        with pytest.raises(KeyboardInterrupt):
+            add()
+    assert newest(bundle, Manifest.load(bundle), MACHINE) == {}
+    record = add()
+    engine_cache.verify(bundle, record)
+    assert states(bundle) == ["current"]
 
 
 # --- tidying and carrying over ------------------------------------------------------------------------------------------------
@@ -220,6 +300,36 @@ def test_leftovers_are_shown(bundle: Path, add: Add) -> None:
     assert sorted(states(bundle)) == ["broken"] * 4 + ["current"]
 
 
+def test_a_stray_file_does_not_own_its_neighbours(bundle: Path, add: Add) -> None:
+    record = add()
+    path = bundle / record.file
+    path.with_suffix(".layers").write_bytes(b"{}")
+    path.with_suffix(".txt").write_bytes(b"notes")
+    (stray,) = (found for found in survey(bundle, Manifest.load(bundle)) if found.state == "broken")
+    assert engine_cache.remove(stray) == 5
+    assert engine_cache.find(bundle, MACHINE, record.key, "vision", None) == record
+    assert path.with_suffix(".layers").exists()
+    assert states(bundle) == ["current"]
+
+
+def test_a_temporary_file_of_a_killed_writer_can_go(bundle: Path, add: Add) -> None:
+    record = add()
+    (bundle / record.file).with_name(f".vision.{record.key[:16]}.json.1.2.tmp").write_bytes(b"{")
+    (stray,) = (found for found in survey(bundle, Manifest.load(bundle)) if found.state == "broken")
+    assert (stray.record, stray.reason) == (None, "left over, without an engine")
+    engine_cache.remove(stray)
+    assert states(bundle) == ["current"]
+
+
+def test_removing_keeps_a_folder_in_which_something_is(bundle: Path, add: Add) -> None:
+    record = add()
+    cache = (bundle / record.file).with_name(engine_cache.TIMING_CACHE)
+    cache.write_bytes(b"times")
+    (found,) = survey(bundle, Manifest.load(bundle))
+    engine_cache.remove(found)
+    assert cache.read_bytes() == b"times"
+
+
 def test_what_a_new_bundle_takes_along(bundle: Path, add: Add, tmp_path: Path) -> None:
     refittable = EngineSettings(optimization_level=3, refit=True, code="c")
     kept = add(data=b"same weights")
@@ -243,6 +353,48 @@ def test_what_a_new_bundle_takes_along(bundle: Path, add: Add, tmp_path: Path) -
 def test_nothing_to_take_along(bundle: Path, tmp_path: Path) -> None:
     assert engine_cache.carry_over(tmp_path / "absent", bundle, Manifest.load(bundle)) == 0
     assert survey(bundle, Manifest.load(bundle)) == []
+
+
+def test_where_there_are_no_links_engines_are_copied(
+    bundle: Path, add: Add, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    record = add()
+    new = make_bundle(tmp_path / "new.bundle", Tiny())
+    monkeypatch.setattr(os, "link", refused)
+    assert engine_cache.carry_over(bundle, new, Manifest.load(new)) == 1
+    engine_cache.verify(new, record)
+    assert (new / record.file).stat().st_ino != (bundle / record.file).stat().st_ino
+
+
+def test_a_linked_engine_is_replaced_not_rewritten(bundle: Path, add: Add, tmp_path: Path) -> None:
+    """The old bundle may still be running: what the new one builds over a link must not reach its file."""
+    old = add(data=b"engine")
+    new = make_bundle(tmp_path / "new.bundle", Tiny())
+    engine_cache.carry_over(bundle, new, Manifest.load(new))
+    built = add(data=b"another build", into=new)
+    engine_cache.verify(new, built)
+    engine_cache.verify(bundle, old)
+    for found in survey(new, Manifest.load(new)):
+        engine_cache.remove(found)
+    engine_cache.verify(bundle, old)
+
+
+def test_a_read_only_disk_is_a_typed_error(bundle: Path, add: Add, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = add()
+    (found,) = survey(bundle, Manifest.load(bundle))
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    with pytest.raises(StorageError, match="cannot write"):
+        engine_cache.remove(found)
+    with pytest.raises(StorageError, match="cannot write"):
+        add(data=b"new")
+    engine_cache.verify(bundle, record)
 
 
 def test_a_full_disk_is_a_typed_error(bundle: Path, add: Add, monkeypatch: pytest.MonkeyPatch) -> None:

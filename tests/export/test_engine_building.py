@@ -18,7 +18,7 @@ from bundle import engine_cache
 from bundle.errors import BundleError, ConfigError, EngineBuildError, EngineError, ParityError
 from bundle.manifest import Manifest
 from bundle.recording import RECORDING_NAME
-from export import engine_builder
+from export import engine_builder, engine_plan
 from export.config import EnginesConfig
 from export.console import Reporter
 from export.engine_options import EngineOptions
@@ -26,7 +26,7 @@ from export.engine_plan import Machines
 from export.engine_process import build_in_process
 from export.pipeline import BuildConfig, build, build_engines
 from export.to_tensorrt import EngineBuilt, EngineRequest, build_engine
-from runtime.backends.fake_gpu import ORIN, FakeCuda
+from runtime.backends.fake_gpu import DESKTOP, ORIN, FakeCuda
 from runtime.backends.trt import TrtBackend
 from runtime.tensorrt_flavour import TensorRT
 from tests.engines import fake_tensorrt, go_on, request
@@ -293,7 +293,9 @@ class Robot:
         monkeypatch.setattr(engine_builder, "choose_machines", lambda options: machines)
         monkeypatch.setattr("export.to_tensorrt.open_cuda", lambda: self.gpu)
         monkeypatch.setattr(
-            engine_builder, "TrtBackend", lambda flavour: TrtBackend(cuda=self.gpu, tensorrt=self.tensorrt)
+            engine_builder,
+            "TrtBackend",
+            lambda flavour, fingerprint: TrtBackend(cuda=self.gpu, tensorrt=self.tensorrt, fingerprint=fingerprint),
         )
 
     def build(self, request: EngineRequest, progress: Any) -> EngineBuilt:
@@ -356,6 +358,35 @@ def test_new_adapters_are_refitted_and_proved(bundle: Path, built: Built, monkey
 
     old = Robot(monkeypatch, "8.6.2")  # cannot refit from ONNX
     assert labels(engines(swapped, options, build=old.build).built) == LABELS
+
+
+@pytest.mark.fake_gpu
+def test_a_failed_proof_leaves_no_older_engine_to_step_in(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    robot = Robot(monkeypatch)
+    engines(bundle, EngineOptions(optimization_level=1), build=robot.build)
+    engines(bundle, EngineOptions(optimization_level=5), build=robot.build)
+    monkeypatch.setattr(engine_builder.parity, "judge", lambda *_, **__: ("FAIL", ("wrong",)))
+    with pytest.raises(ParityError):
+        engines(bundle, EngineOptions(), build=robot.build)
+    assert engine_cache.newest(bundle, Manifest.load(bundle), robot.fingerprint) == {}
+
+
+def test_free_memory_of_a_jetson_counts_what_the_kernel_gives_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_plan, "open_cuda", lambda: FakeCuda(ORIN))
+    available = engine_plan.free_device_bytes()
+    assert available is not None
+    assert available != FakeCuda(ORIN).free_bytes()
+    monkeypatch.setattr(engine_plan, "open_cuda", lambda: FakeCuda(DESKTOP))
+    assert engine_plan.free_device_bytes() == DESKTOP.memory_bytes
+
+
+@pytest.mark.parametrize(
+    ("free", "weights", "expected"),
+    [(None, 0, 4096), (64 << 30, 1 << 30, 4096), (8 << 30, 2 << 30, 1024), (4 << 30, 2 << 30, 256), (0, 9 << 30, 256)],
+)
+def test_the_workspace_leaves_room_for_the_weights(free: int | None, weights: int, expected: int) -> None:
+    assert engine_plan.workspace_bytes(EngineOptions(), free, weights) == expected << 20
+    assert engine_plan.workspace_bytes(EngineOptions(workspace_mb=7), free, weights) == 7 << 20
 
 
 @pytest.mark.fake_gpu
