@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bundle.errors import BackendError, DeviceError, EngineError
+from bundle import manifest as manifest_module
+from bundle.errors import BackendError, BundleError, DeviceError, EngineError
 from bundle.manifest import Graph, Manifest
 from runtime.backends import ort_plugins, select
 from runtime.backends.ort import OrtBackend, OrtStage
@@ -261,4 +262,30 @@ def test_a_named_backend_never_falls_back(folder: Path, monkeypatch: pytest.Monk
 def test_a_lost_gpu_is_not_papered_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backends_that(monkeypatch, trt=DeviceError("the GPU failed", hint="-", sticky=True))
     with pytest.raises(DeviceError, match="the GPU failed"):
+        Policy.load(folder)
+
+
+def test_engines_spare_the_hashing_of_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the named backend reads is hashed, and no gigabytes beside it."""
+    pytest.importorskip("onnxruntime")
+    hashed: list[str] = []
+    real = manifest_module.sha256_file
+    monkeypatch.setattr(manifest_module, "sha256_file", lambda path: hashed.append(path.name) or real(path))
+    absent = BackendError("not here", hint="-", absent=True)
+    backends_that(monkeypatch, trt=absent, ort_tensorrt=absent, ort_tensorrt_rtx=absent, ort_cuda=absent)
+    with pytest.raises(BackendError):
+        Policy.load(folder, "trt")
+    stages = Manifest.load(folder).stage_files()
+    assert hashed
+    assert not stages & set(hashed)
+    assert Policy.load(folder).backend == "ort:cpu"
+    assert stages <= set(hashed)
+
+
+def test_weights_are_hashed_before_onnx_runtime_reads_them(folder: Path) -> None:
+    path = folder / "vision.fp32.onnx"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BundleError, match="is corrupt"):
         Policy.load(folder)
