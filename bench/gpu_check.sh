@@ -5,7 +5,8 @@
 #     bench/gpu_check.sh [WORK_FOLDER [WHEELS_FOLDER]]
 #
 # Needs Python 3.10 or newer with torch and onnx, an NVIDIA driver, 16 GB of memory and 25 GB of disk. Packages that are missing are installed
-# with pip into WORK_FOLDER/site: from WHEELS_FOLDER alone if one is given (a machine without a network), else from the index.
+# with pip into WORK_FOLDER/site: all wheels of WHEELS_FOLDER if one is given (a machine without a network), else from the index. Wheels of
+# TensorRT-RTX are four: pip download tensorrt-rtx cuda-bindings -d WHEELS_FOLDER.
 # SIZE=tiny runs the same steps with a toy model, to try the script.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -30,10 +31,13 @@ except ImportError:
     print("cuda-bindings")
 PYTHON
 )
-if [[ -n $missing ]]; then
+if [[ -n $missing && -n $wheels ]]; then
+    # --no-deps: whoever carried the wheels decided what belongs to them.
+    echo "gpu_check: installing all of $wheels; missing were:" $missing >&2
+    python3 -m pip install -q --no-index --no-deps --target "$work/site" "$wheels"/*.whl >&2
+elif [[ -n $missing ]]; then
     echo "gpu_check: installing" $missing >&2
-    # --no-deps with a folder of wheels: whoever carried them decided what belongs to them.
-    python3 -m pip install -q --target "$work/site" ${wheels:+--no-index --no-deps --find-links "$wheels"} $missing >&2
+    python3 -m pip install -q --target "$work/site" $missing >&2
 fi
 
 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm --format=csv >&2 || echo "gpu_check: no nvidia-smi" >&2
