@@ -6,7 +6,7 @@
 #
 # Needs Python 3.10 or newer with torch and onnx, an NVIDIA driver, 16 GB of memory and 25 GB of disk. Packages that are missing are installed
 # with pip into WORK_FOLDER/site: all wheels of WHEELS_FOLDER if one is given (a machine without a network), else from the index. Wheels of
-# TensorRT-RTX are four: pip download tensorrt-rtx cuda-bindings -d WHEELS_FOLDER.
+# TensorRT-RTX are four, two of them made from sources: pip wheel tensorrt-rtx cuda-bindings -w WHEELS_FOLDER.
 # SIZE=tiny runs the same steps with a toy model, to try the script.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
