@@ -281,7 +281,8 @@ def _read(path: Path) -> EngineRecord | None:
         record = msgspec.json.decode(path.read_bytes(), type=EngineRecord)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-    return record if record.schema == _RECORD_SCHEMA else None
+    intact = record.key == engine_key(record.content, record.fingerprint, record.settings)
+    return record if intact and record.schema == _RECORD_SCHEMA else None
 
 
 def _size(path: Path) -> int | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,7 +18,7 @@ import msgspec
 from bundle import engine_cache
 from bundle.atomic import disk_errors, write_bytes
 from bundle.engine_cache import ENGINE_PARITY, TIMING_CACHE, EngineRecord
-from bundle.errors import BundleError, EngineBuildError, EngineError, ParityError, StorageError
+from bundle.errors import BundleError, EngineBuildError, EngineError, ParityError, PromptError, StorageError
 from bundle.hashing import sha256_file
 from bundle.manifest import Manifest
 from bundle.recording import RECORDING_NAME, Recording
@@ -110,7 +111,7 @@ def build_engines(
         elif missing or not (engine_cache.fingerprint_folder(bundle, fingerprint) / ENGINE_PARITY).exists():
             _prove(bundle, manifest, machines, fingerprint, reporter)
             verified.append(fingerprint)
-    _remove_stale(bundle, manifest, fingerprints, reporter)
+    _remove_useless(bundle, manifest, tasks, reporter)
     return Outcome(tuple(made["built"]), tuple(made["refitted"]), tuple(reused), tuple(verified))
 
 
@@ -260,6 +261,12 @@ def _prove(bundle: Path, manifest: Manifest, machines: Machines, fingerprint: st
             buckets = policy.buckets
             if set(buckets) != set(manifest.prompt.buckets):
                 reporter.warn(f"verified at the lengths that have an engine: {', '.join(map(str, buckets))}")
+                recording = _fitting(policy, recording)
+            if not recording.episodes:
+                reporter.warn(
+                    "no recorded prompt fits them: the golden step alone proves these engines, at every start."
+                )
+                return
             report = parity.compare(policy, recording.episodes, recording.steps, advance)
         finally:
             policy.close()
@@ -283,14 +290,34 @@ def _prove(bundle: Path, manifest: Manifest, machines: Machines, fingerprint: st
     write_bytes(report_path, msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
 
 
-def _remove_stale(bundle: Path, manifest: Manifest, fingerprints: set[str], reporter: Reporter) -> None:
-    """Engines of this machine that belong to graphs the bundle no longer has; other machines' are theirs."""
+def _fitting(policy: Policy, recording: Recording) -> Recording:
+    """The episodes whose prompt is not too long for the engines that there are."""
+    runs = []
+    for episode, steps in zip(recording.episodes, recording.steps, strict=True):
+        with suppress(PromptError):
+            policy.reset(token_ids=episode.token_ids, attention_mask=episode.mask)
+            runs.append((episode, steps))
+    return Recording.of([episode for episode, _ in runs], [steps for _, steps in runs])
+
+
+def _remove_useless(bundle: Path, manifest: Manifest, tasks: list[EngineTask], reporter: Reporter) -> None:
+    """Engines of these machines that nothing will run: of graphs that the bundle no longer has, or of other settings than asked for.
+
+    The runtime takes the newest engine of a place, so one of other settings would run in its stead. Other machines' engines are theirs.
+    """
+    wanted = {(task.fingerprint, task.stage, task.graph.sequence): task.key for task in tasks}
+    fingerprints = {task.fingerprint for task in tasks}
     freed = 0
     for found in engine_cache.survey(bundle, manifest):
-        if found.state != "current" and found.path.parent.name in fingerprints:
+        if found.path.parent.name not in fingerprints:
+            continue
+        record = found.record
+        place = None if record is None else (record.fingerprint, record.stage, record.sequence)
+        superseded = record is not None and place in wanted and wanted[place] != record.key
+        if found.state != "current" or superseded:
             freed += engine_cache.remove(found)
     if freed:
-        reporter.result(f"removed engines of other graphs or weights: {human_bytes(freed)}")
+        reporter.result(f"removed engines that nothing would run: {human_bytes(freed)}")
 
 
 def _name(task: EngineTask) -> str:

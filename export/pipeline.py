@@ -32,6 +32,7 @@ def build(config: BuildConfig, reporter: Reporter | None = None) -> Path:
 
     Raises:
         CheckpointError, ConfigError: the input cannot be built; see train.checkpoint.load.
+        ConfigError, EngineError: the engines that are asked for cannot be built here; nothing was built.
         ParityError: the engines do not match the checkpoint; nothing is published, the report lies in OUT.failed/.
         BundleLockedError: another build is writing the same target.
         StorageError: the disk is full.
@@ -43,6 +44,10 @@ def build(config: BuildConfig, reporter: Reporter | None = None) -> Path:
         raise CheckpointError(
             f"{config.checkpoint} does not exist", expected="a checkpoint file", hint="correct the path."
         )
+    if config.engines.tensorrt != "auto" or config.engines.target:
+        from export.engine_plan import choose_machines
+
+        choose_machines(config.engines)  # what cannot be built is said before minutes of work
     if not config.force and is_up_to_date(config):
         parity = Manifest.load(target).parity
         reporter.result(

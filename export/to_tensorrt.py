@@ -76,9 +76,10 @@ def build_engine(tensorrt: TensorRT, request: EngineRequest, report: Report) -> 
         return not stopped
 
     trt = tensorrt.module
-    builder = trt.Builder(tensorrt.logger)
-    if builder is None:
-        raise _failure(tensorrt, request, "cannot start its builder")
+    try:
+        builder = trt.Builder(tensorrt.logger)
+    except TypeError:  # pybind11's word for a constructor that gives nothing
+        raise _failure(tensorrt, request, "cannot start its builder") from None
     network = tensorrt.network(builder)
     parser = trt.OnnxParser(network, tensorrt.logger)
     if not parser.parse_from_file(request.graph):

@@ -376,7 +376,9 @@ def parser_errors(parser: Any) -> Iterator[str]:
         where = f"node {error.node()}"
         if name or operator:
             where += f" {name!r} ({operator})"
-        yield f"{where}: {error.desc()}"
+        # Of some operators the description is no more than "false".
+        kind = f"{error.code().name}: " if hasattr(error, "code") else ""
+        yield f"{where}: {kind}{error.desc()}"
 
 
 def _make_logger(module: Any, log: MessageLog) -> Any:

@@ -1,0 +1,281 @@
+"""One graph to one engine: what the real parser and builder say when they refuse, and what versions are told beyond the basics.
+
+What every version is told by default is tested in test_tensorrt_versions.py.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from bundle.errors import DeviceError, EngineBuildError
+from export.to_tensorrt import EngineBuilt, build_engine
+from runtime.backends.fake_gpu import ORIN, FakeCuda
+from runtime.backends.fake_tensorrt import VERSIONS, DataType
+from runtime.tensorrt_flavour import TensorRT, open_flavour
+from tests.checkpoints import file_size_limit
+from tests.engines import fake_tensorrt, go_on, request
+
+HALF, FLOAT, INT32, INT64, BOOL = (
+    DataType.HALF,
+    DataType.FLOAT,
+    DataType.INT32,
+    DataType.INT64,
+    DataType.BOOL,
+)
+
+
+def write_model(path: Path, op: str = "Tanh", *, width: int = 2, weights: str | None = None) -> Path:
+    """y = op(x), x float32 [width, width]; or y = x + w, with w in a file of its own."""
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, (width, width)) for name in ("x", "y")]
+    inputs, initializers = ["x"], []
+    if weights is not None:
+        tensor = helper.make_tensor("w", TensorProto.FLOAT, (width, width), b"\0" * 4 * width**2, raw=True)
+        onnx.external_data_helper.set_external_data(tensor, weights)
+        tensor.ClearField("raw_data")
+        initializers.append(tensor)
+        inputs.append("w")
+    node = helper.make_node(op, inputs, ["y"], name="layers.0/odd")
+    graph = helper.make_graph([node], "graph", value[:1], value[1:], initializers)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+@pytest.fixture
+def graph(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "tanh.onnx")
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> Any:
+        raise DeviceError("no GPU", hint="-")
+
+    monkeypatch.setattr("export.to_tensorrt.open_cuda", none)
+
+
+# --- TensorRT-RTX itself ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rtx(no_gpu: None) -> TensorRT:
+    pytest.importorskip("tensorrt_rtx")
+    return open_flavour("rtx")
+
+
+def build_rtx(rtx: TensorRT, graph: Path, **options: Any) -> EngineBuilt:
+    report = options.pop("report", go_on)
+    fields = {"flavour": "rtx", "label": "vision", "target": "sm86", **options}
+    return build_engine(rtx, request(graph, graph.with_suffix(".engine"), **fields), report)
+
+
+@pytest.mark.parametrize("target", ["sm75", "sm86", "sm120", "portable"])
+def test_an_engine_for_a_gpu_that_is_not_here(rtx: TensorRT, graph: Path, tmp_path: Path, target: str) -> None:
+    cache = tmp_path / "timing.cache"
+    built = build_rtx(rtx, graph, target=target, timing_cache=str(cache))
+    assert graph.with_suffix(".engine").stat().st_size > 0
+    assert [tensor.name for tensor in (*built.inputs, *built.outputs)] == ["x", "y"]
+    assert (built.layers, built.typed_layers, built.refitted) == (1, 0, False)
+    # It measures nothing: there is no cache to keep.
+    assert not built.timing_cache
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("op", ["NoSuchOperator", "Unique"])
+def test_a_node_that_is_not_taken_is_named(rtx: TensorRT, tmp_path: Path, op: str) -> None:
+    """One operator that does not exist, and one of ONNX that TensorRT lacks."""
+    graph = write_model(tmp_path / "odd.onnx", op)
+    with pytest.raises(EngineBuildError, match="does not take the graph of vision") as caught:
+        build_rtx(rtx, graph)
+    assert re.search(rf"node 0 'layers\.0/odd' \({op}\): [A-Z_]{{5,}}: ", str(caught.value))
+    assert "hint: " in str(caught.value)
+    assert not graph.with_suffix(".engine").exists()
+
+
+def test_weights_that_are_missing_are_named(rtx: TensorRT, tmp_path: Path) -> None:
+    graph = write_model(tmp_path / "sum.onnx", "Add", weights="sum.data")
+    with pytest.raises(EngineBuildError, match=r"graph of vision(?s:.*)Failed to import initializer: w"):
+        build_rtx(rtx, graph)
+
+
+@pytest.mark.parametrize("content", [b"not ONNX", b"", None])
+def test_what_is_not_a_graph(rtx: TensorRT, tmp_path: Path, content: bytes | None) -> None:
+    graph = tmp_path / "bad.onnx"
+    if content is not None:
+        graph.write_bytes(content)
+    with pytest.raises(EngineBuildError, match=r"(for|of) vision\n"):
+        build_rtx(rtx, graph)
+
+
+def test_progress_comes_from_the_builder_and_stops_it(rtx: TensorRT, graph: Path) -> None:
+    seen: list[tuple[str, str | None, int, int]] = []
+
+    def note(*report: Any) -> bool:
+        seen.append(report)
+        return True
+
+    build_rtx(rtx, graph, report=note)
+    roots = [report for report in seen if report[1] is None]
+    assert {report[0] for report in roots} == {roots[0][0]}
+    assert [report[2] for report in roots] == sorted(report[2] for report in roots)
+    assert roots[-1][2] == roots[-1][3]
+    phases = {report[0] for report in seen}
+    assert all(report[1] in phases for report in seen if report[1] is not None)
+
+    with pytest.raises(EngineBuildError, match=r"build of vision was stopped(?s:.*)finished engines are kept"):
+        build_rtx(rtx, graph, report=lambda *_: False)
+
+
+def test_a_full_disk_is_not_a_truncated_engine(rtx: TensorRT, graph: Path) -> None:
+    """TensorRT takes a failed write for a success, so the writer has to remember it."""
+    with file_size_limit(500), pytest.raises(OSError, match="File too large"):
+        build_rtx(rtx, graph)
+
+
+# --- what versions are told ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_layers_of_8_6_are_typed_by_what_they_give(graph: Path, tmp_path: Path) -> None:
+    """8.6 has no strong typing: a layer gets its ONNX precision, except where TensorRT refuses to be told one."""
+    layers = (
+        ("CONVOLUTION", (HALF,)),
+        ("SPLIT", (FLOAT, FLOAT)),
+        ("TOPK", (HALF, INT32)),
+        ("SHAPE", (INT32,)),
+        ("COMPARE", (BOOL,)),
+        ("CAST", (FLOAT,)),
+        ("IDENTITY", (HALF,)),
+        ("CONSTANT", (INT32,)),
+        ("ASSERTION", ()),
+    )
+    tensorrt = fake_tensorrt("8.6.2", layers=layers)
+    built = build_engine(tensorrt, request(graph, tmp_path / "x.engine"), go_on)
+    told = {layer.type: (layer.precision, layer.types) for layer in tensorrt.module.last_network.layers}
+    assert told == {
+        "CONVOLUTION": (HALF, {0: HALF}),
+        "SPLIT": (FLOAT, {0: FLOAT, 1: FLOAT}),
+        "TOPK": (None, {}),
+        "SHAPE": (None, {}),
+        "COMPARE": (None, {}),
+        "CAST": (None, {0: FLOAT}),
+        "IDENTITY": (None, {0: HALF}),
+        "CONSTANT": (None, {}),
+        "ASSERTION": (None, {}),
+    }
+    assert (built.layers, built.typed_layers) == (len(layers), 4)
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize("version", VERSIONS)
+def test_options_reach_the_builder(graph: Path, tmp_path: Path, version: str) -> None:
+    tensorrt = fake_tensorrt(version)
+    options = {"optimization_level": 5, "workspace_bytes": 123 << 20, "refit": True}
+    build_engine(tensorrt, request(graph, tmp_path / "x.engine", **options), go_on)
+    config, flags = tensorrt.module.last_config, tensorrt.module.BuilderFlag
+    assert (config.builder_optimization_level, config.workspace) == (5, 123 << 20)
+    assert config.profiling_verbosity == tensorrt.module.ProfilingVerbosity.DETAILED
+    assert flags.REFIT in config.flags
+    assert flags.TF32 not in config.flags
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_times_of_another_gpu_are_forgotten(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT gives no cache for foreign content; the build starts a new one instead of failing."""
+    cache = tmp_path / "timing.cache"
+    cache.write_bytes(b"of another GPU")
+    tensorrt = fake_tensorrt("10.3.0")
+    monkeypatch.setattr(
+        tensorrt.module.IBuilderConfig, "create_timing_cache", lambda self, content: None if content else b""
+    )
+    built = build_engine(tensorrt, request(graph, tmp_path / "x.engine", timing_cache=str(cache)), go_on)
+    assert built.timing_cache
+    assert cache.read_bytes() == b"timed;"
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Requested size was 1073741824 bytes: out of memory",
+        "[defaultAllocator.cpp::allocate::31] Error Code 1: Cuda Runtime (cudaErrorMemoryAllocation)",
+        "std::bad_alloc",
+        "Tactic Device request: 2048MB Available: 512MB. Device memory is insufficient GPU memory: insufficient memory",
+    ],
+)
+def test_words_for_too_little_memory(graph: Path, tmp_path: Path, words: str) -> None:
+    with pytest.raises(EngineBuildError, match="ran out of memory while it built tanh") as caught:
+        build_engine(fake_tensorrt(refuse=words), request(graph, tmp_path / "x.engine"), go_on)
+    assert all(word in caught.value.hint for word in ("swap", "--workspace-mb", "--optimization-level"))
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_memory_that_python_cannot_get(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> bytes:
+        raise MemoryError
+
+    tensorrt = fake_tensorrt()
+    monkeypatch.setattr(tensorrt.module.Builder, "build_serialized_network", none)
+    with pytest.raises(EngineBuildError, match="ran out of memory"):
+        build_engine(tensorrt, request(graph, tmp_path / "x.engine"), go_on)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_a_builder_that_does_not_start(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pybind11 has no word for a constructor that returns nothing but TypeError."""
+
+    def none(*_: object) -> None:
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    tensorrt = fake_tensorrt()
+    monkeypatch.setattr(tensorrt.module, "Builder", none)
+    with pytest.raises(EngineBuildError, match="cannot start its builder for tanh"):
+        build_engine(tensorrt, request(graph, tmp_path / "x.engine"), go_on)
+
+
+# --- refit --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def orin(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    gpu = FakeCuda(ORIN)
+    monkeypatch.setattr("export.to_tensorrt.open_cuda", lambda: gpu)
+    return gpu
+
+
+def test_weights_that_are_missing_after_a_refit(
+    graph: Path, tmp_path: Path, orin: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refit that leaves old weights in would be a mixture of two checkpoints."""
+    tensorrt = fake_tensorrt("10.3.0", orin)
+    first, second = tmp_path / "first.engine", tmp_path / "second.engine"
+    build_engine(tensorrt, request(graph, first, refit=True), go_on)
+    monkeypatch.setattr(tensorrt.module.Refitter, "get_missing_weights", lambda self: ["layers.0.weight"])
+    built = build_engine(tensorrt, request(graph, second, refit=True, refit_from=str(first)), go_on)
+    assert not built.refitted
+    assert second.stat().st_size > 0
+
+
+@pytest.mark.parametrize("content", [b"FAKEPLAN{", b'FAKEPLAN{"fake": "10.16.1"}'])
+def test_an_engine_that_does_not_load_is_not_refitted(
+    graph: Path, tmp_path: Path, orin: FakeCuda, content: bytes
+) -> None:
+    source = tmp_path / "source.engine"
+    source.write_bytes(content)
+    wanted = request(graph, tmp_path / "x.engine", refit=True, refit_from=str(source))
+    assert not build_engine(fake_tensorrt("10.3.0", orin), wanted, go_on).refitted
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_without_a_gpu_nothing_is_refitted(graph: Path, tmp_path: Path) -> None:
+    tensorrt = fake_tensorrt("10.3.0")
+    first, second = tmp_path / "first.engine", tmp_path / "second.engine"
+    build_engine(tensorrt, request(graph, first, refit=True), go_on)
+    assert not build_engine(tensorrt, request(graph, second, refit=True, refit_from=str(first)), go_on).refitted
+    assert second.exists()
