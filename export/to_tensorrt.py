@@ -174,7 +174,7 @@ def _inspect(tensorrt: TensorRT, request: EngineRequest) -> None:
 def _load(tensorrt: TensorRT, path: Path) -> tuple[Any, Any]:
     """A runtime, which must outlive its engine, and the engine; its file is mapped and not read: a Jetson has no room for it twice."""
     open_cuda()
-    runtime = tensorrt.module.Runtime(tensorrt.logger)
+    runtime = tensorrt.runtime()
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return runtime, tensorrt.deserialize(runtime, content, path.name)
 

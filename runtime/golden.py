@@ -14,7 +14,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from bundle.errors import BackendError, BundleError
+from bundle.errors import BackendError, BundleError, PromptError
 
 if TYPE_CHECKING:
     from runtime.policy import Policy
@@ -74,7 +74,15 @@ def check(policy: Policy, folder: Path) -> None:
         BackendError: the numbers differ by more than the precision explains.
     """
     expected = Golden.load(folder)
-    policy.reset(token_ids=[int(token) for token in expected.token_ids])
+    try:
+        policy.reset(token_ids=[int(token) for token in expected.token_ids])
+    except PromptError as error:
+        raise BackendError(
+            f"{policy.backend} cannot replay the golden step",
+            got=f"{error.what}: {error.got}",
+            expected="an engine as long as the bundle's first instruction",
+            hint="build engines of all lengths: build_engines.py --engines-only BUNDLE, without --bucket.",
+        ) from None
     chunk = policy.step_resized(expected.frames)
     policy.clear()
     precision = policy.manifest.precision

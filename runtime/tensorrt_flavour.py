@@ -244,6 +244,21 @@ class TensorRT:
 
     # --- loading and running --------------------------------------------------------------------------------------------------
 
+    def runtime(self) -> Any:
+        """What engines are loaded with; it must outlive them.
+
+        Raises:
+            EngineError: it does not start, as with a driver that is too old.
+        """
+        try:
+            return self.module.Runtime(self.logger)
+        except TypeError:  # pybind11's word for a constructor that gives nothing
+            raise EngineError(
+                f"TensorRT {self.version} does not start",
+                got=self.log.errors(),
+                hint="the NVIDIA driver is too old for it most likely: update the driver, or install an older TensorRT.",
+            ) from None
+
     def deserialize(self, runtime: Any, content: Any, origin: str) -> Any:
         """An engine from its bytes (any buffer).
 

@@ -24,7 +24,7 @@ class LoadedEngine:
             engine_cache.verify(folder, record)
         self._jit_path = path.with_suffix(".jit")
         self._jit = self._jit_path.read_bytes() if self._jit_path.is_file() else b""
-        self.runtime = tensorrt.module.Runtime(tensorrt.logger)
+        self.runtime = tensorrt.runtime()
         # Mapped, so that the file's pages can be given back at once: on a Jetson they share memory with the engine.
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             self.engine = tensorrt.deserialize(self.runtime, content, record.file)

@@ -5,7 +5,9 @@ What every version is told by default is tested in test_tensorrt_versions.py.
 
 from __future__ import annotations
 
+import gc
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +66,17 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def rtx(no_gpu: None) -> TensorRT:
+def rtx(no_gpu: None) -> Iterator[TensorRT]:
+    """TensorRT-RTX in this process, without garbage collection.
+
+    It calls the logger while it holds a lock that destroying a builder takes. A collection that begins in the logger and finds the
+    builder of an earlier test, kept alive by an exception, would wait for ever. A worker process has one builder only.
+    """
     pytest.importorskip("tensorrt_rtx")
-    return open_flavour("rtx")
+    gc.collect()
+    gc.disable()
+    yield open_flavour("rtx")
+    gc.enable()
 
 
 def build_rtx(rtx: TensorRT, graph: Path, **options: Any) -> EngineBuilt:

@@ -418,3 +418,25 @@ def test_the_verdict_before_loading_is_told(folder: Path) -> None:
     unchecked = TrtBackend(cuda=gpu, tensorrt=backend._flavours[0], verify=False)
     with pytest.raises(EngineError, match=r"cannot load(?s:.*)MALFORMED_ENGINE"):
         unchecked.open(folder, Manifest.load(folder))
+
+
+def test_engines_too_short_for_the_golden_step_are_refused(tmp_path: Path) -> None:
+    folder = make_bundle(tmp_path / "long.bundle", Tiny(), golden_ids=LONG_IDS)
+    gpu = FakeCuda(DESKTOP)
+    tensorrt = fake_tensorrt("10.3.0", gpu)
+    add_engines(folder, tensorrt, DESKTOP, buckets=(12,))
+    policy = Policy(folder, Manifest.load(folder), TrtBackend(cuda=gpu, tensorrt=tensorrt))
+    with pytest.raises(BackendError, match=r"cannot replay the golden step(?s:.*)--bucket"):
+        golden.check(policy, folder)
+
+
+def test_a_tensorrt_that_does_not_start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, _ = fake_backend(folder, ORIN)
+
+    def nothing(logger: Any) -> Any:
+        logger.log(1, "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(backend._flavours[0].module, "Runtime", nothing)
+    with pytest.raises(EngineError, match=r"does not start(?s:.*)error: 35(?s:.*)driver is too old"):
+        backend.open(folder, Manifest.load(folder))
