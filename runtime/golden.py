@@ -76,10 +76,10 @@ def check(policy: Policy, folder: Path) -> None:
     expected = Golden.load(folder)
     try:
         policy.reset(token_ids=[int(token) for token in expected.token_ids])
-    except PromptError as error:
+    except PromptError as short:
         raise BackendError(
             f"{policy.backend} cannot replay the golden step",
-            got=f"{error.what}: {error.got}",
+            got=f"{short.what}: {short.got}",
             expected="an engine as long as the bundle's first instruction",
             hint="build engines of all lengths: build_engines.py --engines-only BUNDLE, without --bucket.",
         ) from None
