@@ -21,9 +21,9 @@ Handle = Any
 """A stream, event or graph of one implementation; opaque to the caller."""
 
 # CUresult values (CUDA driver API, error codes). After a sticky one every later call of the process fails.
-_STICKY = {46, 214, 220, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 999}
+_STICKY = {214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721, 810, 911, 999}
 _NO_MEMORY = {2}
-_DRIVER_TOO_OLD = {34, 35, 222, 803, 804}
+_DRIVER_TOO_OLD = {34, 35, 36, 222, 803, 804}
 _NO_DEVICE = {100, 101}
 
 

@@ -7,14 +7,29 @@ runtime then enqueues the stages one by one, which costs some launch time and ch
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
 
 from bundle.errors import DeviceError
 from runtime.gpu import Device, Handle, HostBuffer, cuda_error
+
+# In what cuGetErrorString says of the errors after which the process cannot use the GPU (pycuda hands on the text, not the code).
+_STICKY_WORDS = (
+    "illegal",
+    "launch failure",
+    "launch timed out",
+    "ECC",
+    "misaligned",
+    "address space",
+    "program counter",
+    "hardware stack",
+    "assert",
+    "unknown error",
+)
 
 
 class PyCuda:
@@ -39,24 +54,29 @@ class PyCuda:
         self.attach()
 
     def attach(self) -> None:
-        if not getattr(self._attached, "done", False):
+        if not hasattr(self._attached, "place"):
             with self._errors("opening the GPU"):
                 self._context.push()
-            self._attached.done = True
+            # pycuda aborts the process when a thread, or the program, ends inside a context. The place ends with the thread; what the
+            # thread made later ends before it.
+            self._attached.place = place = _Place()
+            weakref.finalize(place, _leave, self._cuda, self._context, threading.get_ident())
 
     def device(self) -> Device:
-        major, minor = self._device.compute_capability()
-        attributes = self._device.get_attributes()
-        return Device(
-            name=str(self._device.name()),
-            sm=10 * int(major) + int(minor),
-            memory_bytes=int(self._device.total_memory()),
-            integrated=bool(attributes[self._cuda.device_attribute.INTEGRATED]),
-            driver=int(self._cuda.get_driver_version()),
-        )
+        with self._errors("reading the GPU's properties"):
+            major, minor = self._device.compute_capability()
+            attributes = self._device.get_attributes()
+            return Device(
+                name=str(self._device.name()),
+                sm=10 * int(major) + int(minor),
+                memory_bytes=int(self._device.total_memory()),
+                integrated=bool(attributes[self._cuda.device_attribute.INTEGRATED]),
+                driver=int(self._cuda.get_driver_version()),
+            )
 
     def free_bytes(self) -> int:
-        return int(self._cuda.mem_get_info()[0])
+        with self._errors("reading the free memory"):
+            return int(self._cuda.mem_get_info()[0])
 
     def allocate(self, size: int) -> int:
         with self._errors(f"allocating {size} bytes"):
@@ -150,9 +170,19 @@ class PyCuda:
                 code = 2
             elif "no CUDA-capable device" in text:
                 code = 100
-            elif not code and any(word in text for word in ("illegal", "launch failed", "ECC", "misaligned")):
+            elif not code and any(word in text for word in _STICKY_WORDS):
                 code = 719
             raise cuda_error(action, code, type(error).__name__, text) from error
+
+
+class _Place:
+    """A thread's place in the context; something to hang a finalizer on."""
+
+
+def _leave(driver: Any, context: Any, thread: int) -> None:
+    if threading.get_ident() == thread:  # contexts are stacked by thread
+        with suppress(driver.Error):
+            context.pop()
 
 
 def _no_graphs() -> DeviceError:

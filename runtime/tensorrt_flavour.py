@@ -269,7 +269,7 @@ class TensorRT:
         if hasattr(runtime, "get_engine_validity"):
             verdict, reasons = runtime.get_engine_validity(content)
             if verdict == self.module.EngineValidity.INVALID:
-                diagnosis = f"{reasons}; "
+                diagnosis = f"{self._diagnosis(reasons)}; "
         engine = runtime.deserialize_cuda_engine(content)
         if engine is None:
             raise EngineError(
@@ -279,6 +279,12 @@ class TensorRT:
                 hint="python export/build_engines.py --engines-only BUNDLE builds the engines for this machine.",
             )
         return engine
+
+    def _diagnosis(self, reasons: int) -> str:
+        """The names of a verdict's bits."""
+        kinds = self.module.EngineInvalidityDiagnostics
+        names = [name for name in dir(kinds) if name.isupper() and int(reasons) & int(getattr(kinds, name))]
+        return ", ".join(names) or f"reason {int(reasons)}"
 
     def context(self, engine: Any, cache: bytes) -> tuple[Any, Any]:
         """An execution context, and the runtime cache that it fills (None but for TensorRT-RTX).
@@ -328,10 +334,19 @@ class TensorRT:
         return str(value)
 
     def bind(self, context: Any, pointers: Mapping[str, int]) -> Callable[[int], bool]:
-        """Fix the addresses of all tensors; returns the function that enqueues one run on a stream's address."""
+        """Fix the addresses of all tensors; returns the function that enqueues one run on a stream's address.
+
+        Raises:
+            EngineError: TensorRT does not take an address.
+        """
         if hasattr(context, "execute_async_v3"):
             for name, pointer in pointers.items():
-                context.set_tensor_address(name, pointer)
+                if not context.set_tensor_address(name, pointer):
+                    raise EngineError(
+                        f"TensorRT does not take the buffer of {name}",
+                        got=self.log.errors(),
+                        hint="build the engines again: export/build_engines.py --engines-only BUNDLE --force",
+                    )
             return lambda stream: bool(context.execute_async_v3(stream))
         engine = context.engine
         bindings = [pointers[engine.get_binding_name(index)] for index in range(engine.num_bindings)]

@@ -298,7 +298,13 @@ def fake_module(
             gpu.enqueue(stream, work)
             return True
 
-    Context.set_tensor_address = lambda self, name, pointer: self._addresses.__setitem__(name, pointer)  # type: ignore[attr-defined]
+    def set_tensor_address(self: Context, name: str, pointer: int) -> bool:
+        known = any(tensor.name == name for tensor in self.engine.tensors)
+        if known:
+            self._addresses[name] = pointer
+        return known
+
+    Context.set_tensor_address = set_tensor_address  # type: ignore[attr-defined]
     Context.execute_async_v3 = lambda self, stream: self.run(self._addresses, stream)  # type: ignore[attr-defined]
 
     class Engine:
@@ -413,8 +419,9 @@ def _add_rtx(module: Any, engine: Any, runtime: Any, context: Any, builder: Any)
 
     module.IStreamWriter = type("IStreamWriter", (), {"__init__": lambda self: None})
     module.EngineValidity = SimpleNamespace(VALID="valid", INVALID="invalid")
+    module.EngineInvalidityDiagnostics = SimpleNamespace(VERSION_MISMATCH=1, MALFORMED_ENGINE=32)
     runtime.get_engine_validity = lambda self, content: (
-        ("valid", "") if bytes(content).startswith(b"FAKEPLAN") else ("invalid", "MALFORMED_ENGINE")
+        ("valid", 0) if bytes(content).startswith(b"FAKEPLAN") else ("invalid", 32)
     )
     engine.create_runtime_config = lambda self: RuntimeConfig()
     engine.create_execution_context = lambda self, config=None: context(self)

@@ -6,6 +6,8 @@ them is runtime/backends/trt_chain.py; which TensorRT, and which way to CUDA: ru
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 from bundle import engine_cache
@@ -15,6 +17,8 @@ from runtime.backends.trt_chain import DeviceChain
 from runtime.chain import Chain
 from runtime.gpu import Cuda, open_cuda
 from runtime.tensorrt_flavour import FlavourName, TensorRT, installed, open_flavour
+
+log = logging.getLogger("jetvla")
 
 
 class TrtBackend:
@@ -51,7 +55,7 @@ class TrtBackend:
                 absent=True,
             )
         self._cuda = open_cuda() if cuda is None else cuda
-        self._flavours = [open_flavour(name) for name in names] if tensorrt is None else [tensorrt]
+        self._flavours = _open_flavours(names) if tensorrt is None else [tensorrt]
         self._verify = verify
         self._fingerprint = fingerprint
 
@@ -79,3 +83,22 @@ class TrtBackend:
             expected=" or ".join(wanted),
             hint="python export/build_engines.py --engines-only BUNDLE builds them here, from the bundle alone.",
         )
+
+
+def _open_flavours(names: Iterable[FlavourName]) -> list[TensorRT]:
+    """Those that can be imported: a broken installation of one must not hide the other's engines.
+
+    Raises:
+        EngineError: none can be imported.
+    """
+    opened, failed = [], []
+    for name in names:
+        try:
+            opened.append(open_flavour(name))
+        except EngineError as error:
+            failed.append(error)
+    if failed and not opened:
+        raise failed[0]
+    for reason in failed:
+        log.warning("%s (%s)", reason.what, reason.got)
+    return opened

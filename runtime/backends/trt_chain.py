@@ -107,9 +107,11 @@ class DeviceChain:
         self._bucket = 0
         self._has_prompt = False
         self._timed = True
+        self._warm = False
         self._own = own = _Resources(cuda)
         self._finalizer = weakref.finalize(self, own.release)
         try:
+            cuda.attach()
             for stage in ("vision", "action_head"):
                 own.stages[stage] = self._load(records[stage, None])
             self._stream: Handle = cuda.stream()
@@ -128,7 +130,7 @@ class DeviceChain:
     # --- the chain ------------------------------------------------------------------------------------------------------------
 
     def set_prompt(self, prompt: PromptTensors) -> None:
-        self._cuda.attach()
+        self._attach()
         self._has_prompt = False
         if prompt.bucket != self._bucket:
             self._load_language(prompt.bucket)
@@ -140,13 +142,14 @@ class DeviceChain:
             flat[: array.size] = array.reshape(-1)  # the buffer is as long as the longest prompt's
             self._copy_in(name)
         self._cuda.synchronize(self._stream)
-        if self._own.graph is None:
+        if not self._warm:
             self._warm_up()
+            self._warm = True
         self._forget()
         self._has_prompt = True
 
     def clear(self) -> None:
-        self._cuda.attach()
+        self._attach()
         self._has_prompt = False
         self._forget()
 
@@ -165,7 +168,7 @@ class DeviceChain:
         return Tick(self._views["feature"], self._views["action"], self._sections() if self._timed else {})
 
     def run_vision(self, frames: NDArray[np.uint8]) -> Floats:
-        self._cuda.attach()
+        self._attach()
         self._fill("frames", frames)
         self._copy_in("frames")
         self._run("vision")
@@ -174,14 +177,14 @@ class DeviceChain:
     def run_language(self, image_tokens: Floats) -> Floats:
         if not self._has_prompt:
             raise no_prompt()
-        self._cuda.attach()
+        self._attach()
         self._fill("image_tokens", image_tokens)
         self._copy_in("image_tokens")
         self._run("language")
         return self._fetch("feature")
 
     def run_action_head(self, feature: Floats) -> Floats:
-        self._cuda.attach()
+        self._attach()
         self._fill("feature", feature)
         self._copy_in("feature")
         self._advance_states()
@@ -196,6 +199,10 @@ class DeviceChain:
         self._has_prompt = False
         self._finalizer()
 
+    def _attach(self) -> None:
+        assert self._finalizer.alive, "used after close"  # the host buffers are no memory any more
+        self._cuda.attach()
+
     # --- engines --------------------------------------------------------------------------------------------------------------
 
     def _load(self, record: EngineRecord) -> LoadedEngine:
@@ -208,9 +215,10 @@ class DeviceChain:
 
     def _load_language(self, bucket: int) -> None:
         """Exchange the language engine: two of them would hold the decoder's weights twice."""
+        self._cuda.synchronize(self._stream)  # a tick that failed halfway may still run
         self._own.drop_graph()
         old = self._own.stages.pop("language", None)
-        self._bucket = 0
+        self._bucket, self._warm = 0, False
         if old is not None:
             old.close()
         loaded = self._load(self._languages[bucket])
@@ -226,6 +234,15 @@ class DeviceChain:
                 got=", ".join(missing),
                 hint="build the engines again: export/build_engines.py --engines-only BUNDLE --force",
             )
+        for name, tensor in loaded.tensors.items():
+            room, needed = self._tensor_bytes[name], _bytes(tensor)
+            if tensor.dtype != self._dtypes[name] or needed > room:
+                raise EngineError(
+                    f"{loaded.record.file} does not fit the other engines",
+                    got=f"{name} {tensor.dtype}{list(tensor.shape)}, {needed} bytes",
+                    expected=f"{self._dtypes[name]}, at most {room} bytes",
+                    hint="build the engines again: export/build_engines.py --engines-only BUNDLE --force",
+                )
         loaded.enqueue = self._tensorrt.bind(loaded.context, {name: self._pointers[name] for name in loaded.tensors})
 
     def _warm_up(self) -> None:
@@ -239,18 +256,18 @@ class DeviceChain:
         if not cuda.has_graphs or not all(self._tensorrt.capturable(item, self._stream_pointer) for item in contexts):
             log.warning("%s cannot be captured in a CUDA graph here; the stages are launched one by one", self._folder)
             return
-        reason: DeviceError | None = None
+        reason: BackendError | None = None
         for timed in (True, False):  # a driver may refuse to record events inside a capture
             try:
                 cuda.begin_capture(self._stream)
                 try:
                     self._enqueue_tick(captured=True, timed=timed)
                     self._own.graph = cuda.end_capture(self._stream)
-                except BackendError:
+                except BaseException:
                     cuda.abandon_capture(self._stream)
                     raise
-            except DeviceError as error:
-                if error.sticky:
+            except BackendError as error:  # TensorRT refuses, too: what it cannot capture it may still run
+                if isinstance(error, DeviceError) and error.sticky:
                     raise
                 reason = error
             else:
@@ -313,8 +330,9 @@ class DeviceChain:
     def _keep_states_finite(self) -> None:
         """Take the tick back if its states or action are not finite: a NaN in the states would stay for the rest of the episode."""
         with np.errstate(all="ignore"):
-            # A sum is finite only if all its terms are; it needs no memory.
-            finite = all(np.isfinite(self._views[name].sum()) for name in ("action", "next_h", "next_c"))
+            # A sum is finite only if all its terms are; it needs no memory. In 64 bits finite terms do not overflow it.
+            sums = (self._views[name].sum(dtype=np.float64) for name in ("action", "next_h", "next_c"))
+            finite = all(np.isfinite(total) for total in sums)
         if not finite:
             for present, following in _STATES:
                 self._cuda.on_device(
@@ -338,9 +356,9 @@ class DeviceChain:
         self._views: dict[str, NDArray[Any]] = {}
         self._shared: set[str] = set()
         self._tensor_bytes: dict[str, int] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, str] = {}
         for tensor in self._all_tensors():
-            size = int(np.prod(tensor.shape)) * np.dtype(tensor.dtype).itemsize
+            size = _bytes(tensor)
             shared = integrated and tensor.name in ("frames", "feature", "action")
             if tensor.name not in ("h", "c"):
                 host = self._cuda.allocate_host(size, mapped=shared)
@@ -355,7 +373,7 @@ class DeviceChain:
                 pointer = self._cuda.allocate(size)
                 self._own.device.append(pointer)
                 self._pointers[tensor.name] = pointer
-            self._tensor_bytes[tensor.name] = size
+            self._tensor_bytes[tensor.name], self._dtypes[tensor.name] = size, tensor.dtype
 
     def _all_tensors(self) -> list[Tensor]:
         """Every tensor of the three stages once, as the engines have them; the prompt's at its longest."""
@@ -379,4 +397,8 @@ class DeviceChain:
     def _fetch(self, name: str) -> Floats:
         self._copy_out(name)
         self._cuda.synchronize(self._stream)
-        return self._views[name]
+        return self._views[name].copy()  # page-locked memory ends with the chain, and the caller may outlive it
+
+
+def _bytes(tensor: Tensor) -> int:
+    return int(np.prod(tensor.shape)) * np.dtype(tensor.dtype).itemsize

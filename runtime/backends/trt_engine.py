@@ -23,11 +23,21 @@ class LoadedEngine:
         if verify:
             engine_cache.verify(folder, record)
         self._jit_path = path.with_suffix(".jit")
-        self._jit = self._jit_path.read_bytes() if self._jit_path.is_file() else b""
+        self._jit = b""
+        with suppress(OSError):
+            self._jit = self._jit_path.read_bytes()
         self.runtime = tensorrt.runtime()
-        # Mapped, so that the file's pages can be given back at once: on a Jetson they share memory with the engine.
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            self.engine = tensorrt.deserialize(self.runtime, content, record.file)
+        try:
+            # Mapped, so that the file's pages can be given back at once: on a Jetson they share memory with the engine.
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                self.engine = tensorrt.deserialize(self.runtime, content, record.file)
+        except (OSError, ValueError) as error:  # a policy may want another length's engine long after the first look
+            raise EngineError(
+                f"{path} cannot be read",
+                got=f"{type(error).__name__}: {error}",
+                expected="the engine that was here when the policy was loaded",
+                hint="python export/build_engines.py --engines-only BUNDLE builds the engines for this machine.",
+            ) from None
         self.context, self._compiled = tensorrt.context(self.engine, self._jit)
         if self.context is None:
             raise EngineError(
@@ -43,11 +53,13 @@ class LoadedEngine:
         if self._compiled is None:
             return
         with suppress(OSError, StorageError):
-            content = bytes(self._compiled.serialize())
-            if content != self._jit:
+            compiled = self._compiled.serialize()
+            content = b"" if compiled is None else bytes(compiled)
+            if content and content != self._jit:
                 write_bytes(self._jit_path, content)
                 self._jit = content
 
     def close(self) -> None:
         self.enqueue = lambda stream: False
+        self._compiled = None  # it came from the engine, and may keep it alive
         del self.context, self.engine, self.runtime  # in this order

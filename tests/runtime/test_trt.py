@@ -440,3 +440,151 @@ def test_a_tensorrt_that_does_not_start(folder: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(backend._flavours[0].module, "Runtime", nothing)
     with pytest.raises(EngineError, match=r"does not start(?s:.*)error: 35(?s:.*)driver is too old"):
         backend.open(folder, Manifest.load(folder))
+
+
+# --- what a real GPU would punish ---------------------------------------------------------------------------------------------
+
+
+def test_tensorrt_that_cannot_be_captured_still_runs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy, gpu = on_device(folder)
+    chain = policy._chain
+    real = chain._run  # type: ignore[attr-defined]
+
+    def refuse(stage: str) -> None:
+        if next(iter(gpu._streams.values())).captured is not None:
+            raise BackendError("TensorRT could not run", hint="-")
+        real(stage)
+
+    monkeypatch.setattr(chain, "_run", refuse)
+    np.testing.assert_array_equal(actions(policy, FRAMES), actions(on_host(folder), FRAMES))
+    assert "launch" not in gpu.calls
+    assert gpu.calls.count("begin_capture") == gpu.calls.count("abandon_capture") == 2
+    policy.reset(GO_RIGHT)
+    assert gpu.calls.count("begin_capture") == 2  # known by now
+    assert caplog.text.count("could not be captured") == 1
+
+
+def test_an_interrupted_capture_is_left(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, gpu = on_device(folder)
+
+    def interrupt(stream: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "end_capture", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            policy.reset(GO_LEFT)
+    np.testing.assert_array_equal(actions(policy, FRAMES), actions(on_host(folder), FRAMES))
+
+
+def test_what_a_stage_gave_outlives_the_policy(folder: Path) -> None:
+    policy, gpu = on_device(folder)
+    tokens = policy.run_vision(np.zeros((1, 8, 8, 3), np.uint8))
+    assert not any(np.shares_memory(tokens, buffer.array) for buffer in gpu._hosts.values())
+
+
+def test_a_closed_policy_touches_no_memory(folder: Path) -> None:
+    policy, _ = on_device(folder)
+    policy.reset(GO_LEFT)
+    policy.close()
+    for use in (
+        lambda: policy.reset(GO_LEFT),
+        lambda: policy.reset(token_ids=LONG_IDS),
+        lambda: policy.clear(),
+        lambda: policy.run_vision(np.zeros((1, 8, 8, 3), np.uint8)),
+    ):
+        with pytest.raises(AssertionError, match="used after close"):
+            use()
+    with pytest.raises(PromptError, match="step before reset"):
+        policy.step(FRAMES[0])
+
+
+def test_a_tick_that_failed_halfway_is_over_before_its_engine_goes(folder: Path) -> None:
+    policy, gpu = on_device(folder, has_graphs=False)
+    host = on_host(folder)
+    policy.reset(GO_LEFT)
+    gpu.fail = {"to_host": (0, 1)}  # all three stages are enqueued by then
+    with pytest.raises(DeviceError, match="CUDA failed"):
+        policy.step(FRAMES[0])
+    for one in (policy, host):
+        one.reset(token_ids=LONG_IDS)
+    np.testing.assert_array_equal(policy.step(FRAMES[0]).normalized, host.step(FRAMES[0]).normalized)
+
+
+def test_an_engine_that_vanished_is_told(folder: Path) -> None:
+    policy, _ = on_device(folder)
+    host = on_host(folder)
+    policy.reset(GO_LEFT)
+    policy.reset(token_ids=LONG_IDS)
+    path = next((folder / engine_cache.ENGINES).glob("*/language.s12*.engine"))
+    content = path.read_bytes()
+    path.unlink()
+    with pytest.raises(EngineError, match="cannot be read"):
+        policy.reset(GO_LEFT)
+    with pytest.raises(PromptError, match="step before reset"):
+        policy.step(FRAMES[0])
+    path.write_bytes(content)
+    np.testing.assert_array_equal(actions(policy, FRAMES), actions(host, FRAMES))
+
+
+def test_an_engine_larger_than_its_record_is_not_bound(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, _ = fake_backend(folder, DESKTOP)
+    real = backend._flavours[0].tensors
+
+    def larger(engine: Any) -> Any:
+        return tuple(msgspec.structs.replace(item.tensor, shape=(*item.tensor.shape, 2)) for item in real(engine))
+
+    def lie(engine: Any) -> Any:
+        return tuple(
+            type(item)(tensor, item.is_input) for item, tensor in zip(real(engine), larger(engine), strict=True)
+        )
+
+    monkeypatch.setattr(backend._flavours[0], "tensors", lie)
+    with pytest.raises(EngineError, match="does not fit the other engines"):
+        backend.open(folder, Manifest.load(folder))
+
+
+def test_large_finite_states_are_kept(folder: Path) -> None:
+    """A sum in 32 bits would overflow, and the tick be taken back for nothing."""
+    policy, gpu = on_device(folder)
+    policy.reset(GO_LEFT)
+    chain: Any = policy._chain
+    before = len(gpu.calls)
+    for name in ("action", "next_h", "next_c"):
+        chain._views[name][:] = np.finfo(np.float32).max
+    chain._keep_states_finite()
+    assert gpu.calls[before:] == []
+    chain._views["next_c"].reshape(-1)[0] = np.inf
+    chain._keep_states_finite()
+    assert gpu.calls[before:].count("on_device") == 2
+
+
+def test_nothing_compiled_is_not_written(folder: Path) -> None:
+    policy, _ = on_device(folder, DESKTOP, "rtx-1.7.1")
+    chain: Any = policy._chain
+    vision = chain._own.stages["vision"]
+    vision._compiled.serialize = lambda: None
+    vision.keep_compiled()
+    assert not list((folder / engine_cache.ENGINES).glob("*/vision*.jit"))
+    policy.close()
+    assert vision._compiled is None  # it could keep the engine alive
+
+
+def test_a_broken_tensorrt_does_not_hide_the_other(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def open_flavour(name: str) -> Any:
+        if name in broken:
+            raise EngineError(f"{name} cannot be imported", hint="-")
+        return name
+
+    monkeypatch.setattr("runtime.backends.trt.installed", lambda: iter(("trt", "rtx")))
+    monkeypatch.setattr("runtime.backends.trt.open_flavour", open_flavour)
+    broken = {"trt"}
+    assert TrtBackend(cuda=FakeCuda(DESKTOP))._flavours == ["rtx"]  # type: ignore[comparison-overlap]
+    assert "trt cannot be imported" in caplog.text
+    broken = {"trt", "rtx"}
+    with pytest.raises(EngineError, match="trt cannot be imported"):
+        TrtBackend(cuda=FakeCuda(DESKTOP))
