@@ -9,6 +9,7 @@ from bundle.errors import ConfigError
 from bundle.manifest import Action
 from export.config import BuildConfig
 from train.config import PolicySpec
+from train.facts import TrainingFacts
 
 # The fork's nine classes in its own order; x forward, y left (REP 103).
 NINE_CLASSES = ("Stop", "F", "B", "L", "R", "FL", "FR", "BL", "BR")
@@ -21,8 +22,11 @@ _ARM = ("x", "y", "z", "roll", "pitch", "yaw")
 _UNITS = {"linear_x": "m/s", "linear_y": "m/s", "angular_z": "rad/s", "gripper": "-1 or 1"}
 
 
-def action_spec(spec: PolicySpec, config: BuildConfig) -> Action:
+def action_spec(spec: PolicySpec, config: BuildConfig, facts: TrainingFacts | None = None) -> Action:
     """The manifest's action part.
+
+    Args:
+        facts: what the checkpoint records of its training; only the user's word goes before it.
 
     Raises:
         ConfigError: names or classes that do not fit the head, or classes that must be stated.
@@ -47,7 +51,7 @@ def action_spec(spec: PolicySpec, config: BuildConfig) -> Action:
             hint="upstream's evaluation scales the gripper's 0 and 1 as well, and takes the sign of what exceeds 0.5.",
         )
     class_names = _class_names(spec, config)
-    names = config.action_names or _default_names(spec)
+    names = config.action_names or _recorded_names(spec, facts) or _default_names(spec)
     columns = 2 if spec.head.kind == "classes" else spec.head.outputs
     if len(names) != columns or len(set(names)) != columns:
         raise ConfigError(
@@ -67,6 +71,16 @@ def action_spec(spec: PolicySpec, config: BuildConfig) -> Action:
         class_names=class_names,
         class_values=tuple(tuple(config.class_speed * part for part in _DIRECTIONS[name]) for name in class_names),
     )
+
+
+def _recorded_names(spec: PolicySpec, facts: TrainingFacts | None) -> tuple[str, ...]:
+    """The axes that were learned; columns of a wider head that were trained to be zero are called so."""
+    if facts is None:
+        return ()
+    if spec.head.kind != "actions_gripper":
+        return facts.action_names
+    learned = len(facts.action_names)
+    return (*facts.action_names, *(f"unused_{index}" for index in range(learned, spec.head.outputs - 1)), "gripper")
 
 
 def _default_names(spec: PolicySpec) -> tuple[str, ...]:

@@ -32,8 +32,8 @@ _MAX_PROMPT = 2048
 _CHOICES = {
     "precision": (*get_args(Precision), "auto"),
     "packing": (*get_args(Packing), "auto"),
-    "resize": ("bicubic", "bilinear"),
-    "pixel_norm": ("clip", "none"),
+    "resize": ("bicubic", "bilinear", "auto"),
+    "pixel_norm": ("clip", "none", "auto"),
     "backend": tuple(PROVIDERS),
 }
 
@@ -56,10 +56,12 @@ class BuildConfig:
         max_prompt_tokens: longest prompt that any later instruction may have, special tokens included.
         pad_prompt_to: pad every prompt to this many tokens, as some servers do. It changes the result.
         tokenizer: tokenizer.json, if it is not in the base directory.
-        resize: filter of the deployment's training data (upstream bicubic, the fork's H5 loader bilinear).
-        pixel_norm: clip subtracts CLIP's mean and divides by its std; none was the fork's loader before February 2026.
+        resize: filter of the training data (upstream bicubic, the fork's H5 loader bilinear); auto is what the checkpoint records, else
+            bicubic.
+        pixel_norm: clip subtracts CLIP's mean and divides by its std; none was the fork's loader before February 2026. auto is what the
+            checkpoint records, else clip.
         action_range: physical values of -1 and +1, if not those of the config (norm_min, norm_max).
-        action_names: columns of the action, if not the usual ones of the head.
+        action_names: columns of the action, if neither recorded nor the usual ones of the head.
         classes: names of a class head's classes in order, out of Stop F B L R FL FR BL BR.
         class_speed: linear speed of a class head's commands, in m/s.
         verify_frames: frames to compare per stream; 0 means window + 4, and window + 2 after the reset.
@@ -83,8 +85,8 @@ class BuildConfig:
     max_prompt_tokens: int = 64
     pad_prompt_to: int | None = None
     tokenizer: Path | None = None
-    resize: Literal["bicubic", "bilinear"] = "bicubic"
-    pixel_norm: Literal["clip", "none"] = "clip"
+    resize: Literal["bicubic", "bilinear", "auto"] = "auto"
+    pixel_norm: Literal["clip", "none", "auto"] = "auto"
     action_range: tuple[float, float] | None = None
     action_names: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()

@@ -43,12 +43,12 @@ def infer_conventions(config: BuildConfig, loaded: LoadedPolicy, reporter: Repor
     """
     assert config.infer_from is not None
     policy = loaded.policy
-    preprocessing = preprocessing_of(config, policy.spec)
+    preprocessing = preprocessing_of(config, loaded)
     episode = read_resized(config.infer_from, preprocessing, loaded.base.kosmos.vision_config.image_size)
     if episode.instruction is None:
         raise PromptError(f"{config.infer_from} has no instruction", hint="choose a training episode that has one.")
     ids = np.array(tokens_of(episode.instruction, config, loaded))
-    action = action_spec(policy.spec, config)
+    action = action_spec(policy.spec, config, loaded.facts)
     columns = [action.names.index(name) for name in episode.action_names if name in action.names]
     if not columns:
         raise ConfigError(

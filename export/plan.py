@@ -42,7 +42,6 @@ from export.weights import STAGES, MergedWeights, stage_bytes, stage_sha256
 from runtime.prompt import layout, pad_tokens
 from runtime.tokenizer import TOKENIZER_NAME, tokenize
 from train.checkpoint import LoadedPolicy
-from train.config import PolicySpec
 from train.policy import CLIP_MEAN, CLIP_STD
 
 EMBEDDING_WEIGHT = "backbone.text_model.model.embed_tokens.weight"
@@ -107,7 +106,7 @@ class Plan:
 def make_plan(config: BuildConfig, loaded: LoadedPolicy, advance: Callable[[int], None]) -> Plan:
     """Plan the build of a loaded checkpoint; hashes its weights and its file, `advance` gets the bytes done."""
     policy = loaded.policy
-    preprocessing = preprocessing_of(config, policy.spec)
+    preprocessing = preprocessing_of(config, loaded)
     dims = stage_dims(policy, loaded.base, mean=preprocessing.mean, std=preprocessing.std)
     if policy.spec.image_size != dims.image_size:
         raise ConfigError(
@@ -160,7 +159,7 @@ def make_plan(config: BuildConfig, loaded: LoadedPolicy, advance: Callable[[int]
         x_attn_causal_source=policy.conventions.x_attn_causal_source,
         prompt=prompt,
         preprocessing=preprocessing,
-        action=action_spec(policy.spec, config),
+        action=action_spec(policy.spec, config, loaded.facts),
         stages={},
         files={},
         parity=_NOT_VERIFIED,
@@ -170,11 +169,17 @@ def make_plan(config: BuildConfig, loaded: LoadedPolicy, advance: Callable[[int]
     return Plan(manifest, dims, keys, sizes, reusable, known_files, prompts, tokenizer)
 
 
-def preprocessing_of(config: BuildConfig, spec: PolicySpec) -> Preprocessing:
-    """The manifest's preprocessing part."""
-    mean, std = (CLIP_MEAN, CLIP_STD) if config.pixel_norm == "clip" else _NO_NORM
-    cameras = ("hand", "static") if spec.hand_camera else ("static",)
-    return Preprocessing(color="RGB", resize=config.resize, mean=mean, std=std, cameras=cameras)
+def preprocessing_of(config: BuildConfig, loaded: LoadedPolicy) -> Preprocessing:
+    """The manifest's preprocessing part: stated by the user, recorded in the checkpoint, or upstream's - in this order."""
+    facts = loaded.facts
+    resize, pixel_norm = config.resize, config.pixel_norm
+    if resize == "auto":
+        resize = "bicubic" if facts is None else facts.resize
+    if pixel_norm == "auto":
+        pixel_norm = "clip" if facts is None else facts.pixel_norm
+    mean, std = (CLIP_MEAN, CLIP_STD) if pixel_norm == "clip" else _NO_NORM
+    cameras = ("hand", "static") if loaded.policy.spec.hand_camera else ("static",)
+    return Preprocessing(color="RGB", resize=resize, mean=mean, std=std, cameras=cameras)
 
 
 def tokenizer_of(config: BuildConfig, loaded: LoadedPolicy) -> Path | None:

@@ -64,11 +64,11 @@ def find_base(checkpoint: Path, *, explicit: Path | None, written: str | None, s
                 expected="a Hugging Face Kosmos-2 directory",
                 hint="pass the folder that holds config.json and tokenizer.json with --base.",
             )
-        return Base(explicit, _read_config(explicit))
+        return Base(explicit, read_base_config(explicit))
     searched: list[Path] = []
     for folder in _places(checkpoint, written):
         if (folder / "config.json").exists() and _is_kosmos(folder / "config.json"):
-            return Base(folder, _read_config(folder), tuple(searched))
+            return Base(folder, read_base_config(folder), tuple(searched))
         searched.append(folder / "config.json")
     widths = {
         "vision": state.get("backbone.vision_model.model.embeddings.class_embedding"),
@@ -140,7 +140,12 @@ def _is_kosmos(path: Path) -> bool:
         return False
 
 
-def _read_config(folder: Path) -> Kosmos2Config:
+def read_base_config(folder: Path) -> Kosmos2Config:
+    """The dimensions in a base directory.
+
+    Raises:
+        ConfigError: no config.json of a Kosmos-2.
+    """
     try:
         values = json.loads((folder / "config.json").read_text())
         if values.get("model_type") != "kosmos-2":

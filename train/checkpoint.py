@@ -7,7 +7,7 @@ deployed policies on wrong weights. How files are read safely is in train/checkp
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -20,6 +20,7 @@ from bundle.manifest import Packing
 from train.base import Base, base_weights, find_base, tensors_sha256
 from train.checkpoint_file import RawCheckpoint, read_raw, write_small
 from train.config import PolicySpec, policy_spec, read_chain
+from train.facts import TrainingFacts, training_facts
 from train.keys import KeyMap, lora_modules, map_keys
 from train.policy import Conventions, KosmosPolicy
 
@@ -52,6 +53,11 @@ class LoadedPolicy:
     ignored: tuple[str, ...]
     from_base: tuple[str, ...]
     base_sha256: str | None
+
+    @property
+    def facts(self) -> TrainingFacts | None:
+        """What our own trainer recorded of the run; None for checkpoints of other trainers."""
+        return training_facts(self.config)
 
 
 def load_policy(
@@ -86,6 +92,7 @@ def load(
     """
     raw = read_raw(path)
     settings, config_files = _find_config(raw, config)
+    raw = _with_facts(raw, settings)
     spec = policy_spec(settings)
     keys = map_keys(raw.state)
     state = _unaliased(raw, keys)
@@ -185,6 +192,15 @@ def save_small(loaded: LoadedPolicy, path: Path) -> None:
         "x_attn_causal": "true" if conventions.x_attn_causal else "false",
     }
     write_small(path, own, loaded.config, recorded)
+
+
+def _with_facts(raw: RawCheckpoint, settings: Mapping[str, Any]) -> RawCheckpoint:
+    """What our trainer recorded in the config counts as recorded in the file."""
+    facts = training_facts(settings)
+    if facts is None:
+        return raw
+    known = {"packing": facts.packing, "x_attn_causal": "true" if facts.x_attn_causal else "false"}
+    return replace(raw, recorded={"base_sha256": facts.base_sha256, **known, **raw.recorded})
 
 
 def _find_config(raw: RawCheckpoint, explicit: Path | None) -> tuple[dict[str, Any], tuple[Path, ...]]:

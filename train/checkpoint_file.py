@@ -106,8 +106,13 @@ def write_small(
     Raises:
         StorageError: the disk is full.
     """
-    metadata = {"format": SMALL_FORMAT, "config": json.dumps(config), **recorded}
+    metadata = small_metadata(config, recorded)
     write_bytes(path, save({name: tensor.contiguous() for name, tensor in state.items()}, metadata))
+
+
+def small_metadata(config: Mapping[str, Any], recorded: Mapping[str, str]) -> dict[str, str]:
+    """What stands in the header of jetvla's small format beside the tensors."""
+    return {"format": SMALL_FORMAT, "config": json.dumps(config), **recorded}
 
 
 def _read_small(path: Path) -> RawCheckpoint:

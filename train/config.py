@@ -38,10 +38,11 @@ class HeadSpec:
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """Adapters: W += (alpha / r) B A on each adapted Linear."""
+    """Adapters: W += (alpha / r) B A on each adapted Linear; dropout on A's input acts in training only."""
 
     r: int
     alpha: float
+    dropout: float = 0.0
 
     @property
     def scaling(self) -> float:
@@ -140,6 +141,7 @@ def policy_spec(config: dict[str, Any]) -> PolicySpec:
         lora = LoraSpec(
             r=_size(setup, "lora_r", "train_setup."),
             alpha=_number(setup, "lora_alpha", "train_setup."),
+            dropout=_number(setup, "lora_dropout", "train_setup.", 0.0),
         )
     vlm = config.get("vlm")
     base_path = vlm.get("pretrained_model_name_or_path") if isinstance(vlm, dict) else None

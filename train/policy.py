@@ -63,7 +63,12 @@ class KosmosPolicy(nn.Module):
         backbone: Any = Kosmos2Model._from_config(kosmos, attn_implementation="eager")
         if adapted:
             assert spec.lora is not None
-            adapters = LoraConfig(r=spec.lora.r, lora_alpha=spec.lora.alpha, target_modules=list(adapted))
+            adapters = LoraConfig(
+                r=spec.lora.r,
+                lora_alpha=spec.lora.alpha,
+                lora_dropout=spec.lora.dropout,
+                target_modules=list(adapted),
+            )
             inject_adapter_in_model(adapters, backbone, low_cpu_mem_usage=True)
         self.backbone = backbone
         self.action_token = nn.Parameter(torch.zeros(width))

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from bundle.atomic import disk_errors, write_bytes
 from bundle.errors import StorageError
-from train.synthetic_layout import Key, SyntheticOptions, dimensions, is_trained, state_keys
+from train.robovlms_layout import Key
+from train.synthetic_layout import SyntheticOptions, dimensions, is_trained, state_keys
 from train.synthetic_records import BASE_FOLDER, STEPS, lightning_records
 from train.synthetic_tokenizer import make_tokenizer
 from train.synthetic_weights import random_weight

@@ -1,8 +1,6 @@
 """The sizes of synthetic policies, and the keys of a lab's checkpoint in their order.
 
-Follows RoboVLMs (8adc1d2) and its 2-DoF fork (8d65987) key by key: Lightning's `model.` prefix, the embedding a second
-time as `lm_head`, and with LoRA the whole backbone a second time below `model.model.base_model.model`, sharing its
-storages. Knows shapes, not values.
+The layout itself is that of train/robovlms_layout.py. Knows shapes, not values.
 """
 
 from __future__ import annotations
@@ -10,25 +8,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import nn
 from transformers import Kosmos2Config
-from transformers.models.kosmos2.modeling_kosmos2 import Kosmos2ForConditionalGeneration
 
 from bundle.errors import ConfigError
 from bundle.manifest import HeadKind
-from train.action_head import ActionHead
 from train.config import HeadSpec
+from train.robovlms_layout import Key, PeftNaming, layout_keys
 
 Size = Literal["tiny", "small", "full"]
 FileLayout = Literal["upstream", "fork"]
-PeftNaming = Literal["new", "old"]
 
+WINDOW = 8
 CHUNK = 10
 _LSTM_LAYERS = 4
-_EMBEDDING = "text_model.model.embed_tokens.weight"
-_TIED = "text_model.lm_head"
-_ALIAS = "model.model.base_model.model."
 _HIDDEN: dict[Size, int] = {"tiny": 40, "small": 128, "full": 512}
 _OUTPUTS: dict[HeadKind, int] = {"actions_gripper": 7, "velocities": 2, "classes": 9}
 
@@ -87,18 +79,6 @@ class Dimensions:
         return self.lora_alpha / self.lora_r
 
 
-@dataclass(frozen=True)
-class Key:
-    """One entry of a state dict: its key in the file, its canonical name (see train.keys), its shape.
-
-    Keys with the same name are one tensor under several names, and share its storage.
-    """
-
-    raw: str
-    name: str
-    shape: torch.Size
-
-
 def dimensions(size: Size) -> Dimensions:
     """The numbers behind a size. `tiny` has the widths of the recorded reference cases."""
     if size == "full":
@@ -117,18 +97,13 @@ def state_keys(options: SyntheticOptions) -> list[Key]:
     """
     _check(options)
     sizes = dimensions(options.size)
-    width = sizes.kosmos.text_config.embed_dim
-    head = HeadSpec(options.head, options.outputs, options.hidden, _LSTM_LAYERS, options.latent, options.pooling)
-    with torch.device("meta"):
-        kosmos = Kosmos2ForConditionalGeneration(sizes.kosmos)
-        action_head = ActionHead(head, width=width, chunk=CHUNK).state_dict()
-    backbone = _backbone_keys(kosmos, options.peft, sizes.lora_r if options.lora else None)
-    keys = [Key("model.action_token", "action_token", torch.Size([width]))]
-    keys += [Key(f"model.backbone.{key.raw}", f"backbone.{key.name}", key.shape) for key in backbone]
-    keys += [Key(f"model.act_head.{name}", f"act_head.{name}", tensor.shape) for name, tensor in action_head.items()]
-    if options.lora:
-        keys += [Key(f"{_ALIAS}{key.raw}", f"backbone.{key.name}", key.shape) for key in backbone]
-    return keys
+    rank = sizes.lora_r if options.lora else None
+    return layout_keys(sizes.kosmos, head_spec(options), chunk=CHUNK, rank=rank, peft=options.peft)
+
+
+def head_spec(options: SyntheticOptions) -> HeadSpec:
+    """The head that the options ask for."""
+    return HeadSpec(options.head, options.outputs, options.hidden, _LSTM_LAYERS, options.latent, options.pooling)
 
 
 def is_trained(name: str) -> bool:
@@ -145,26 +120,6 @@ def _check(options: SyntheticOptions) -> None:
             expected=f"at least 1, {least} for {options.head}, and 1",
             hint="leave them out to get the usual ones.",
         )
-
-
-def _backbone_keys(kosmos: nn.Module, peft: PeftNaming, rank: int | None) -> list[Key]:
-    """Keys below `backbone.`; with a rank, every Linear but the tied head is wrapped as peft does it."""
-    linears = {name for name, module in kosmos.named_modules() if isinstance(module, nn.Linear)} - {_TIED}
-    keys = []
-    for name, tensor in kosmos.state_dict().items():
-        module, _, leaf = name.rpartition(".")
-        if module == _TIED:
-            keys.append(Key(name, _EMBEDDING, tensor.shape))
-        elif rank is None or module not in linears:
-            keys.append(Key(name, name, tensor.shape))
-        else:
-            keys.append(Key(f"{module}.base_layer.{leaf}" if peft == "new" else name, name, tensor.shape))
-            if leaf == "bias":
-                outputs, inputs = kosmos.get_parameter(f"{module}.weight").shape
-                for side, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
-                    raw = f"{module}.lora_{side}.default.weight"
-                    keys.append(Key(raw, f"{module}.lora_{side}.weight", torch.Size(shape)))
-    return keys
 
 
 def _kosmos(*, text: tuple[int, int, int], vision: tuple[int, int, int]) -> Kosmos2Config:

@@ -38,7 +38,7 @@ def test_every_fact_of_an_upstream_config(config: Config) -> None:
     spec = policy_spec(config)
 
     assert spec.head == HeadSpec("actions_gripper", outputs=7, hidden=40, layers=4, latent=1, pooling=False)
-    assert spec.lora == LoraSpec(r=4, alpha=8.0)
+    assert spec.lora == LoraSpec(r=4, alpha=8.0, dropout=0.1)
     assert spec.lora.scaling == 2.0
     assert (spec.window, spec.chunk, spec.image_size) == (8, 10, 224)
     assert not spec.hand_camera
@@ -59,7 +59,7 @@ def test_window_and_chunk_come_from_the_top_level(config: Config) -> None:
 def test_every_fact_of_a_fork_config() -> None:
     spec = policy_spec(training_config(SyntheticOptions(size="full", layout="fork", head="velocities")))
     assert spec.head == HeadSpec("velocities", outputs=2, hidden=512, layers=4, latent=1, pooling=False)
-    assert spec.lora == LoraSpec(r=32, alpha=16.0)
+    assert spec.lora == LoraSpec(r=32, alpha=16.0, dropout=0.1)
     assert spec.lora.scaling == 0.5
     assert spec.fork
     assert (spec.minimum, spec.maximum) == (-1.0, 1.0)

@@ -1,0 +1,60 @@
+"""What a run knows about its policy that no lab checkpoint records: it travels in the checkpoint's config, under `jetvla`.
+
+Packing, masking, resize filter and scaling decide what the weights mean, and none of them can be told from the weights. A checkpoint
+that our trainer wrote says them all, so that export and evaluation need not ask. Knows nothing about where configs are stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from bundle.errors import ConfigError
+from bundle.manifest import Packing
+
+SECTION = "jetvla"
+
+
+class TrainingFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Facts of a run.
+
+    Attributes:
+        packing, x_attn_causal: see train.policy.Conventions.
+        resize, pixel_norm: the preprocessing of every frame.
+        action_names: columns of the policy's actions that were learned from recorded axes, in order.
+        action_minimum, action_maximum: physical values of -1 and +1.
+        fps: frames per second of the episodes, or None if no file told; the window means nothing at another cadence.
+        base_sha256: hash of the base directory's weights.
+    """
+
+    packing: Packing
+    x_attn_causal: bool
+    resize: Literal["bicubic", "bilinear"]
+    pixel_norm: Literal["clip", "none"]
+    action_names: tuple[str, ...]
+    action_minimum: float
+    action_maximum: float
+    fps: float | None
+    base_sha256: str
+
+
+def training_facts(config: Mapping[str, Any]) -> TrainingFacts | None:
+    """The facts in a checkpoint's config, or None if another trainer wrote it.
+
+    Raises:
+        ConfigError: a section that is damaged or of a newer jetvla.
+    """
+    section = config.get(SECTION)
+    if section is None:
+        return None
+    try:
+        return msgspec.convert(section, TrainingFacts)
+    except msgspec.ValidationError as error:
+        raise ConfigError(
+            f"the checkpoint's `{SECTION}` section is not usable",
+            got=error,
+            expected=", ".join(field.name for field in msgspec.structs.fields(TrainingFacts)),
+            hint="it was edited, or written by a newer jetvla.",
+        ) from None
