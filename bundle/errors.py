@@ -46,6 +46,10 @@ class UnsupportedPolicyError(CheckpointError):
     """A policy variant that is known by name but that jetvla does not build."""
 
 
+class TrainingError(JetvlaError):
+    """A run that cannot go on: numbers that are not finite, memory that does not suffice, a proof that failed."""
+
+
 class ExportError(JetvlaError):
     """A stage that could not be turned into a valid graph."""
 

@@ -44,6 +44,7 @@ class Drive:
         actions: float32 [T, 3]; the first is zero, the last `stop_frames` too.
         distance_m: float64 [T], forward distance of the target at each frame.
         offset_m: float64 [T], lateral offset of the target, positive to the left.
+        decoy_m: how far to the left of the target its twin stands, or None: with a twin, only the instruction tells where to go.
     """
 
     actions: npt.NDArray[np.float32]
@@ -53,12 +54,16 @@ class Drive:
     target_colour: Colour
     target_height_m: float
     floor_colour: Colour
+    decoy_m: float | None = None
 
 
-def plan_drive(target: Target, side: Side, seed: int, length: int, stop_frames: int) -> Drive:
+def plan_drive(target: Target, side: Side, seed: int, length: int, stop_frames: int, *, decoy: bool = False) -> Drive:
     """Plan `length` frames: one start frame, then moves, then `stop_frames` standing still. Same arguments, same drive.
 
     A long drive takes smaller steps, so that the target is always near enough to be seen.
+
+    Args:
+        decoy: a second target like the first stands where the first would in the mirror.
 
     Raises:
         ValueError: `length` leaves no frame to move in.
@@ -90,6 +95,7 @@ def plan_drive(target: Target, side: Side, seed: int, length: int, stop_frames: 
         target_colour=(base[0] + shade[0], base[1] + shade[1], base[2] + shade[2]),
         target_height_m=float(random.uniform(0.3, 0.42)),
         floor_colour=(150 + shade[3], 115 + shade[4], 70 + shade[5]),
+        decoy_m=-2 * float(poses[0, 1]) if decoy else None,
     )
 
 
@@ -100,7 +106,10 @@ def draw_frame(drive: Drive, index: int, height: int, width: int) -> npt.NDArray
     view = _View(height, width)
     pen.rectangle((0, view.row(0.0, 1e9), width, height), fill=drive.floor_colour)
     _draw_floor_grid(pen, view, drive, index)
-    _draw_target(pen, view, drive, index)
+    left = float(drive.offset_m[index])
+    if drive.decoy_m is not None:
+        _draw_target(pen, view, drive, index, left + drive.decoy_m)
+    _draw_target(pen, view, drive, index, left)
     return np.array(image)
 
 
@@ -130,8 +139,8 @@ def _draw_floor_grid(pen: ImageDraw.ImageDraw, view: _View, drive: Drive, index:
         pen.line(ends, fill=dark, width=stroke)
 
 
-def _draw_target(pen: ImageDraw.ImageDraw, view: _View, drive: Drive, index: int) -> None:
-    forward, left = float(drive.distance_m[index]), float(drive.offset_m[index])
+def _draw_target(pen: ImageDraw.ImageDraw, view: _View, drive: Drive, index: int, left: float) -> None:
+    forward = float(drive.distance_m[index])
     tall = drive.target_height_m
     half = tall * (0.16 if drive.target == "bottle" else 0.5)
 

@@ -70,6 +70,7 @@ def write_synthetic(
     length: int = 18,
     store_instruction: bool = True,
     store_classes: bool = True,
+    decoy: bool = False,
 ) -> Path:
     """Write one synthetic episode into `folder` under the name that its recorder would have given it.
 
@@ -80,6 +81,7 @@ def write_synthetic(
         length: frames; at least 2, for V5 at least 5.
         store_instruction: False leaves the text out, as in many V1 files. V6 never has one.
         store_classes: False leaves `action_classes` out of V6, as before August 2026.
+        decoy: a second target like the first stands on the other side, so that only the instruction tells where to go.
 
     Raises:
         ValueError: an argument outside of the above.
@@ -95,7 +97,7 @@ def write_synthetic(
     instruction = sentence("v5" if is_v5 else "v1", side) if store_instruction and schema != "v6" else None
     recorded_at = _FIRST_RECORDING[schema] + timedelta(seconds=seed)
     target: Literal["bottle", "basket"] = "bottle" if schema == "v1" else "basket"
-    drive = plan_drive(target, side, seed, length, V5_STOP_FRAMES if is_v5 else 0)
+    drive = plan_drive(target, side, seed, length, V5_STOP_FRAMES if is_v5 else 0, decoy=decoy)
     recording = _Recording(drive, (height, width), side, recorded_at, instruction)
     path = Path(folder) / f"episode_{recorded_at:%Y%m%d_%H%M%S}_{_NAME_ENDING[schema].format(side=side)}.h5"
     if schema == "v1":

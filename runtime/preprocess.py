@@ -1,20 +1,17 @@
 """From a camera frame to the vision stage's input: uint8 [image_size, image_size, 3] RGB.
 
-The resize is Pillow's, because training used Pillow: its bicubic is an antialiased fixed-point filter that no GPU or OpenCV resize
-reproduces, and a resize that differs is a silent change of the policy. The aspect ratio is squashed, as in training. Scaling to
-[0, 1] and the mean/std are not here: they are folded into the stage's first weights.
+The resize is the very function that training uses. Scaling to [0, 1] and the mean/std are not here: they are folded into the stage's
+first weights.
 """
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from bundle.errors import FrameError
 from bundle.manifest import Preprocessing
-
-_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+from episodes.resize import squash
 
 
 def check_frame(frame: object) -> NDArray[np.uint8]:
@@ -40,9 +37,7 @@ def check_frame(frame: object) -> NDArray[np.uint8]:
 def resize(frame: NDArray[np.uint8], preprocessing: Preprocessing, size: int) -> NDArray[np.uint8]:
     """Squash a frame to [size, size, 3] with the filter of the manifest.
 
-    Width first, then height, as every Pillow up to 12 does it in one call, and thus all training so far; Pillow 13 takes the other
-    order for upright frames, and the two differ by rounding.
+    Raises:
+        FrameError: see check_frame.
     """
-    image = Image.fromarray(np.ascontiguousarray(check_frame(frame)))
-    narrow = image.resize((size, image.height), _FILTERS[preprocessing.resize])
-    return np.asarray(narrow.resize((size, size), _FILTERS[preprocessing.resize]))
+    return squash(check_frame(frame), size, preprocessing.resize)

@@ -1,0 +1,244 @@
+"""Opens the episodes of a run, each once, and refuses whatever would spoil training, all of it in one message.
+
+Images stay on disk (train/frame_store.py); actions, instruction and hash of each file are kept. What had to be assumed is said in one
+warning, not in one for each file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bundle.errors import ConfigError, EpisodeError
+from episodes.instruction import sides_in_name
+from episodes.reader import Episode, EpisodeWarning, open_episode
+from train.episode_files import find_files
+from train.file_hashes import hash_files
+from train.run_config import DataConfig, Kind, SourceConfig
+
+__all__ = ["Side", "TrainingEpisode", "find_files", "read_episodes", "sides_in_text"]
+
+_SIDE_WORDS: dict[str, tuple[str, ...]] = {"left": ("왼쪽", "좌측"), "right": ("오른쪽", "우측")}
+_SAME_RATE = 1.1  # a chunk of n actions means another length of time at another rate
+_LISTED = 10
+_FEWEST_FRAMES = 2
+
+Side = Literal["left", "right", "none"]
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingEpisode:
+    """What training knows of an episode.
+
+    Attributes:
+        path: the file.
+        kind: real, sim or augmented.
+        schema: v1, v5 or v6.
+        sha256: of the file's bytes.
+        instruction: what the robot was told.
+        actions: float32 [T, A], physical units as recorded; action i belongs to frame i.
+        fps: frames per second, or None where the file does not tell.
+        action_names: of the A columns.
+    """
+
+    path: Path
+    kind: Kind
+    schema: str
+    sha256: str
+    instruction: str
+    actions: NDArray[np.float32]
+    fps: float | None
+    action_names: tuple[str, ...] = ("linear_x", "linear_y")
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+    @property
+    def name(self) -> str:
+        """The file name; unique within a run."""
+        return self.path.name
+
+    @property
+    def side(self) -> Side:
+        """Where it goes: by the words of the instruction, else by the sum of the lateral (or turning) actions."""
+        sides = sides_in_text(self.instruction)
+        if len(sides) == 1:
+            return sides.pop()
+        axis = next((name for name in ("linear_y", "angular_z") if name in self.action_names), None)
+        total = 0.0 if axis is None else float(self.actions[:, self.action_names.index(axis)].sum(dtype=np.float64))
+        return "left" if total > 0 else "right" if total < 0 else "none"
+
+
+def sides_in_text(text: str) -> set[Side]:
+    """The sides that an English or Korean text names."""
+    words = set(re.findall(r"[a-z0-9]+", text.lower()))
+    sides: tuple[Side, Side] = ("left", "right")
+    return {side for side in sides if side in words or any(word in text for word in _SIDE_WORDS[side])}
+
+
+def read_episodes(
+    data: DataConfig,
+    root: Path,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    cache: Path | None = None,
+) -> tuple[TrainingEpisode, ...]:
+    """Open and check all episodes of `data.sources`, in the order of `find_files`. Reads no image.
+
+    Args:
+        root: where relative paths start.
+        progress: called with (files hashed, files in all); hashing is what takes time.
+        cache: folder that remembers hashes between runs.
+
+    Raises:
+        ConfigError: see find_files; schemas are mixed within a source, or frame rates between files.
+        EpisodeError: at least one file cannot be used; lists the first ten, each with its reason.
+    """
+    found = find_files(data.sources, root=root)
+    read: list[tuple[TrainingEpisode, bool]] = []
+    bad: list[EpisodeError] = []
+    for path, source in found:
+        try:
+            read.append(_read(path, source, data.actions))
+        except EpisodeError as error:
+            bad.append(error)
+    if bad:
+        raise _unusable(bad, len(found))
+    episodes = [episode for episode, _ in read]
+    _refuse_mixed_schemas(episodes, [source for _, source in found], data.sources)
+    _refuse_mixed_rates(episodes, data.fps)
+    hashes = hash_files([episode.path for episode in episodes], cache, progress)
+    hashed = tuple(dataclasses.replace(episode, sha256=hashes[episode.path]) for episode in episodes)
+    _warn(hashed, assumed=[episode for episode, was_assumed in read if was_assumed])
+    return hashed
+
+
+def _read(path: Path, source: SourceConfig, names: tuple[str, ...]) -> tuple[TrainingEpisode, bool]:
+    """The episode without its hash, and whether its instruction was taken from the file name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", EpisodeWarning)  # _warn says it for all files at once
+        episode = open_episode(path, schema=source.schema)
+    with episode:
+        instruction, assumed = _instruction(episode, source)
+        missing = [name for name in names if name not in episode.action_names]
+        if missing:
+            raise EpisodeError(
+                f"{path} has no action {', '.join(missing)}",
+                got=", ".join(episode.action_names),
+                expected=", ".join(names),
+                hint="leave that axis out of data.actions, or leave the files without it out.",
+            )
+        if len(episode) < _FEWEST_FRAMES:
+            raise EpisodeError(
+                f"{path} is too short",
+                got=f"{len(episode)} frame",
+                expected=f"at least {_FEWEST_FRAMES}",
+                hint="leave it out: there is no movement in it to learn.",
+            )
+        columns = [episode.action_names.index(name) for name in names]
+        actions = np.ascontiguousarray(episode.actions[:, columns])
+        return TrainingEpisode(
+            path, source.kind, episode.schema, "", instruction, actions, episode.fps, action_names=names
+        ), assumed
+
+
+def _instruction(episode: Episode, source: SourceConfig) -> tuple[str, bool]:
+    """Stored text, else the source's, else what the file name suggests."""
+    given = (source.instruction or "").strip()
+    if given and episode.instruction_source != "stored":
+        return given, False
+    text = (episode.instruction or "").strip()
+    if not text:
+        raise EpisodeError(
+            f"{episode.path} has no instruction",
+            got="none stored, and the file name does not name one side",
+            expected="what the robot was told",
+            hint="set `instruction` of these files' source in the config.",
+        )
+    return text, episode.instruction_source != "stored"
+
+
+def _unusable(errors: list[EpisodeError], total: int) -> EpisodeError:
+    errors = sorted(errors, key=lambda error: error.what)
+    lines = [f"{error.what}{'' if error.got is None else f' ({error.got})'}" for error in errors[:_LISTED]]
+    if len(errors) > _LISTED:
+        lines.append(f"and {len(errors) - _LISTED} more")
+    hints = tuple(dict.fromkeys(error.hint for error in errors))
+    more = "" if len(errors) == 1 else " `python episodes/doctor.py FILES` shows all of them."
+    return EpisodeError(
+        f"{len(errors)} of {total} episodes cannot be trained on",
+        got="".join(f"\n    {line}" for line in lines),
+        expected="only episodes that can be used: what is left out should be left out knowingly",
+        hint="\n      ".join(hints[:5]) + more,
+    )
+
+
+def _refuse_mixed_schemas(
+    episodes: list[TrainingEpisode], origins: list[SourceConfig], sources: Sequence[SourceConfig]
+) -> None:
+    for number, source in enumerate(sources):
+        counts = Counter(episode.schema for episode, origin in zip(episodes, origins, strict=True) if origin is source)
+        if len(counts) > 1:
+            raise ConfigError(
+                f"data.sources[{number}] mixes recordings of different schemas",
+                got=", ".join(f"{count} x {schema}" for schema, count in sorted(counts.items())),
+                expected="one schema in a source; they differ in colour order and in the robot's task",
+                hint="make a source of each, or set `schema` of this one if the files were recognised wrongly.",
+            )
+
+
+def _refuse_mixed_rates(episodes: list[TrainingEpisode], wanted: float | None) -> None:
+    rates = [(episode.fps, episode.name) for episode in episodes if episode.fps is not None]
+    if not rates:
+        return
+    reference = wanted or float(np.median([rate for rate, _ in rates]))
+    if wanted is None:
+        if max(rates)[0] <= _SAME_RATE * min(rates)[0]:
+            return
+    elif all(max(rate / wanted, wanted / rate) <= _SAME_RATE for rate, _ in rates):
+        return
+    counts = Counter(round(rate, 1) for rate, _ in rates)
+    _, farthest = max((max(rate / reference, reference / rate), name) for rate, name in rates)
+    raise ConfigError(
+        "the episodes have different frame rates" if wanted is None else f"some episodes do not have {wanted:g} fps",
+        got="; ".join(f"{rate:g} fps: {count}" for rate, count in counts.most_common(8)) + f"; farthest: {farthest}",
+        expected=f"rates within 10 % of {'each other' if wanted is None else f'{wanted:g} fps (data.fps)'}",
+        hint="a chunk of n actions lasts another time at another rate: train on one rate, or record the rest again at it.",
+    )
+
+
+def _warn(episodes: Sequence[TrainingEpisode], assumed: list[TrainingEpisode]) -> None:
+    """One warning for all that was assumed or looks odd."""
+    lines = []
+    for text, count in Counter(episode.instruction for episode in assumed).most_common(_LISTED):
+        lines.append(f"{count} of {len(episodes)} store no instruction; assuming {text!r} from the file name")
+    contradicting = [
+        episode.name
+        for episode in episodes
+        if len(named := sides_in_name(episode.path)) == 1
+        and len(told := sides_in_text(episode.instruction)) == 1
+        and named != told
+    ]
+    if contradicting:
+        lines.append(f"{len(contradicting)} are told another side than their name says: {_few(contradicting)}")
+    originals: dict[str, str] = {}
+    copies = [
+        episode.name for episode in episodes if originals.setdefault(episode.sha256, episode.name) != episode.name
+    ]
+    if copies:
+        lines.append(f"{len(copies)} have the same content as another one: {_few(copies)}")
+    if lines:
+        warnings.warn("\n  ".join(["about the episodes:", *lines]), EpisodeWarning, stacklevel=3)
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
