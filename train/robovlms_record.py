@@ -10,6 +10,8 @@ from typing import Any
 
 from train.config import HEADS, HeadSpec
 
+_USUAL_LAYERS = 4  # of the LSTM; RoboVLMs' configs name another number only
+
 
 @dataclass(frozen=True)
 class RobovlmsRun:
@@ -150,6 +152,8 @@ def robovlms_config(run: RobovlmsRun) -> dict[str, Any]:
         "norm_min": run.limits[0],
         "norm_max": run.limits[1],
     }
+    if head.layers != _USUAL_LAYERS:
+        config["act_head"]["num_layers"] = head.layers
     if head.kind == "classes":
         config["act_head"]["num_classes"] = head.outputs
     if fork:

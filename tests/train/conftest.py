@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.checkpoints import MakeSynthetic, Variant, make_once, rewrite
+from tests.train.runs import RunFiles, make_run_files
 from train.synthetic import SyntheticFiles, SyntheticOptions
 
 
@@ -37,6 +38,12 @@ def upstream(synthetic: MakeSynthetic) -> SyntheticFiles:
 def fork(synthetic: MakeSynthetic) -> SyntheticFiles:
     """The 2-DoF fork's LoRA policy with two velocities."""
     return synthetic(SyntheticOptions(layout="fork", head="velocities"))
+
+
+@pytest.fixture(scope="session")
+def run_files(fork: SyntheticFiles, tmp_path_factory: pytest.TempPathFactory) -> RunFiles:
+    """A base, eight small episodes, and a cache: what quick runs train on. Tests must not change them."""
+    return make_run_files(tmp_path_factory.mktemp("run"), fork)
 
 
 @pytest.fixture

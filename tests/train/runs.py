@@ -1,0 +1,69 @@
+"""Tiny runs: a base, episodes with two targets of which the instruction names one, and configs that train on them in seconds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from episodes.synthetic import write_synthetic
+from train.synthetic import SyntheticFiles
+
+EPISODES = 8
+LENGTH = 12
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What runs are made of: a folder with `base`, `episodes` and a cache that all runs share."""
+
+    folder: Path
+
+    @property
+    def base(self) -> Path:
+        return self.folder / "base"
+
+    @property
+    def episodes(self) -> Path:
+        return self.folder / "episodes"
+
+    def config(self, path: Path, settings: Mapping[str, Any] | None = None) -> Path:
+        """A config file `path` (its folder will hold `runs`); `settings` are dotted keys over a quick run's."""
+        values: dict[str, Any] = {
+            "name": "quick",
+            "base": {"model": str(self.base)},
+            "data": {"sources": [{"files": [str(self.episodes / "*.h5")]}], "window": 4, "chunk": 3, "val_share": 0.25},
+            "model": {"hidden": 16, "layers": 1, "dropout": 0.1, "lora": {"targets": "text", "r": 2, "alpha": 4.0}},
+            "optimizer": {"learning_rate": 1e-3},
+            "loop": {"epochs": 2, "batch_size": 3, "accumulate": 2, "windows_per_episode": 3},
+            "output": {"cache": str(self.folder / "cache"), "tensorboard": False},
+        }
+        for key, value in (settings or {}).items():
+            section = values
+            *above, leaf = key.split(".")
+            for name in above:
+                section = section.setdefault(name, {})
+            section[leaf] = value
+        path.write_text(json.dumps(values))
+        return path
+
+
+def make_run_files(folder: Path, base: SyntheticFiles, *, episodes: int = EPISODES, length: int = LENGTH) -> RunFiles:
+    """The files, half of the episodes to each side."""
+    files = RunFiles(folder)
+    files.base.symlink_to(base.base)
+    files.episodes.mkdir()
+    for index in range(episodes):
+        write_synthetic(
+            files.episodes,
+            "v1",
+            side="left" if index % 2 else "right",
+            seed=index,
+            height=48,
+            width=64,
+            length=length,
+            decoy=True,
+        )
+    return files

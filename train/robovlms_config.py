@@ -1,0 +1,251 @@
+"""A lab's RoboVLMs config as one of ours: the same run where it can be the same, and a note wherever it cannot be.
+
+Follows what RoboVLMs and its 2-DoF fork do with a key, not what its name promises: gradients are clipped by the top-level key alone, the
+schedule is constant unless `scheduler` says otherwise, adapters freeze whatever else was to train. Policies that jetvla does not build
+are refused by the name of the key. The resampler is trained as published, not causal. Which keys there are: train/robovlms_keys.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from bundle.errors import ConfigError, UnsupportedPolicyError
+from train.config import PolicySpec, policy_spec
+from train.robovlms_data import augment_settings, data_settings, is_h5
+from train.robovlms_keys import LabConfig, Notes
+
+__all__ = ["Notes", "from_robovlms", "is_robovlms"]
+
+_FORK_HEADS = {"NavPolicy": "MobileVLAClassificationDecoder", "NavPolicyRegression": "MobileVLALSTMDecoder"}
+_PRECISIONS = {
+    **dict.fromkeys(("32", "32-true", "fp32"), "fp32"),
+    **dict.fromkeys(("16", "16-mixed", "16-true", "fp16"), "fp16"),
+    **dict.fromkeys(("bf16", "bf16-mixed", "bf16-true"), "bf16"),
+}
+_CLASSES = 9
+_IMAGE_SIZE = 224
+
+
+def is_robovlms(values: Mapping[str, Any]) -> bool:
+    """Whether a JSON config is RoboVLMs' rather than ours."""
+    return any(key in values for key in ("robovlm_name", "act_head", "train_setup"))
+
+
+def from_robovlms(values: Mapping[str, Any], *, origin: str) -> tuple[dict[str, Any], Notes]:
+    """The settings of a RoboVLMs config, as plain data for train.config_checks.convert.
+
+    Args:
+        values: the config with its `parent` chain resolved (train.config.read_chain).
+        origin: what to call it in messages, usually its file.
+
+    Raises:
+        ConfigError: a key that counts is missing, or a known key has a value of the wrong type; names its dotted path.
+        UnsupportedPolicyError: it asks for a policy or a training that jetvla does not have; names the key.
+    """
+    lab = LabConfig(values, origin)
+    spec = _policy(values, lab, origin)
+    head = spec.head.kind
+    settings = {
+        "name": _name(lab),
+        "base": _base(lab),
+        "data": data_settings(lab, spec),
+        "model": _model(lab, spec),
+        "augment": augment_settings(lab),
+        "loss": {"gripper_ratio": lab.get("arm_gripper_loss_ratio", 0.01)} if head == "actions_gripper" else {},
+        "optimizer": _optimizer(lab),
+        "loop": _loop(lab),
+        "output": {"runs": lab.get("output_root", "runs")},
+    }
+    if head == "classes":
+        settings["loss"] = {"class_weights": tuple(lab.get("act_head.class_weights", ())) or "none"}
+    return settings, lab.notes()
+
+
+def _policy(values: Mapping[str, Any], lab: LabConfig, origin: str) -> PolicySpec:
+    """What the exporter's reader makes of the config, and the refusal of what we cannot train."""
+    plain = copy.deepcopy(dict(values))
+    kind = lab.require("act_head.type")
+    plain["act_head"]["type"] = kind = _FORK_HEADS.get(kind, kind)
+    width = lab.get("act_head.action_dim")
+    if kind == "LSTMDecoder" and width == 2 and is_h5(lab):
+        # The fork's first configs: one velocity and a gripper by the code, two velocities by intention.
+        plain["act_head"]["type"] = "MobileVLALSTMDecoder"
+        lab.assume(
+            "act_head.type LSTMDecoder with action_dim 2 means one velocity and a gripper; trained is what was meant: two velocities"
+        )
+    try:
+        spec = policy_spec(plain)
+    except (ConfigError, UnsupportedPolicyError) as error:
+        raise type(error)(f"{origin}: {error.what}", got=error.got, expected=error.expected, hint=error.hint) from None
+    for key in _read_by_policy_spec():
+        lab.get(key)
+    _refuse(lab, spec, origin)
+    return spec
+
+
+def _read_by_policy_spec() -> tuple[str, ...]:
+    act = ("hidden_size", "num_layers", "latent", "history_type", "action_space", "fill_zero", "instr_in_features")
+    top = ("model", "robovlm_name", "trainer_type", "window_size", "fwd_pred_next_n", "tcp_rel", "regular_action")
+    return (*top, "fwd_head", *(f"act_head.{key}" for key in (*act, "text_in_features")))
+
+
+def _refuse(lab: LabConfig, spec: PolicySpec, origin: str) -> None:
+    """What the exporter builds, or need not know, and training does not do."""
+    classes = spec.head.outputs if spec.head.kind == "classes" else _CLASSES
+    if spec.head.kind == "classes":
+        lab.get("act_head.num_classes")
+    latent_pooled = lab.get("act_head.down_sample") == "pooling" and spec.head.latent > 1
+    refused = {
+        "use_hand_rgb": (lab.get("use_hand_rgb", False), "one camera"),
+        "use_mu_law": (lab.get("use_mu_law", False), "actions on a linear scale"),
+        "use_vision_resampler": (lab.get("use_vision_resampler", False), "Kosmos-2's own resampler"),
+        "use_clip_norm": (lab.get("use_clip_norm", False), "no such loss"),
+        "image_size": (lab.get("image_size", _IMAGE_SIZE) != _IMAGE_SIZE, f"{_IMAGE_SIZE}, Kosmos-2's"),
+        "act_head.num_classes": (classes != _CLASSES, f"{_CLASSES}"),
+        "act_head.down_sample": (latent_pooled, "none, where act_head.latent is more than 1"),
+        "act_head.policy_rnn_dropout_p": (lab.get("act_head.policy_rnn_dropout_p", 0) > 0, "0"),
+        "train_setup.predict_action": (not lab.get("train_setup.predict_action", True), "true"),
+        **{
+            f"train_setup.{key}": (lab.get(f"train_setup.{key}", False), "false: actions are all that is learned")
+            for key in ("predict_forward", "predict_forward_hand", "predict_caption")
+        },
+        **{
+            f"{path}.abs_action": (lab.get(f"{path}.abs_action", False), "actions as recorded")
+            for path in lab.datasets("train_dataset")
+        },
+        **{
+            f"{path}.episode_filter_keyword": (lab.get(f"{path}.episode_filter_keyword"), "an episode_pattern for it")
+            for path in lab.datasets("train_dataset")
+        },
+    }
+    for key, (wrong, expected) in refused.items():
+        if wrong:
+            raise UnsupportedPolicyError(
+                f"{origin}: {key} = {lab.get(key)!r}, which jetvla does not train",
+                expected=expected,
+                hint="change the key if the policy can do without; nothing was written.",
+            )
+
+
+def _name(lab: LabConfig) -> str:
+    written = lab.get("exp_name") or lab.get("task_name") or "robovlms"
+    lab.get("task_name")
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", str(written)).lstrip("._-") or "robovlms"
+
+
+def _base(lab: LabConfig) -> dict[str, Any]:
+    base = {"model": lab.require("vlm.pretrained_model_name_or_path")}
+    if (weights := lab.get("model_load_path")) is not None:
+        base["weights"] = weights
+        lab.assume(f"of {weights} the backbone is taken, adapters merged; the head starts anew")
+    if (digest := lab.get("jetvla.base_sha256")) is not None:
+        base["sha256"] = digest
+    if (path := lab.get("resume")) is not None:
+        lab.assume(f"resume = {path} is not followed: --resume goes on with a run of ours")
+    return base
+
+
+def _model(lab: LabConfig, spec: PolicySpec) -> dict[str, Any]:
+    setup = "train_setup."
+    model: dict[str, Any] = {
+        "head": spec.head.kind,
+        "hidden": spec.head.hidden,
+        "layers": spec.head.layers,
+        "latent": spec.head.latent,
+        "packing": lab.get("jetvla.packing", "upstream"),
+        "gradient_checkpointing": lab.get(setup + "gradient_checkpointing", False),
+        "train_text_embedding": lab.get(setup + "train_text_embedding", False),
+        "train_projection": _tunes_projection(lab),
+        "lora": {"targets": "none"},
+    }
+    if spec.fork and lab.get("jetvla.packing") is None:
+        lab.assume(
+            "packing: the right layout is trained; the fork may have run with fork_overwrite, where words are invisible (jetvla.packing)"
+        )
+    if lab.get("jetvla.x_attn_causal", False):
+        lab.assume("x_attn_causal: the original had a defective resampler; the published one is trained")
+    if spec.head.kind == "actions_gripper":
+        lab.get("act_head.action_dim")
+        model["action_dim"] = spec.head.outputs
+    if lab.get(setup + "bits", -1) in (4, 8):
+        lab.assume(f"train_setup.bits {lab.get(setup + 'bits')}: the base is not quantized in training")
+    if lab.get(setup + "lora_enable", False):
+        model["lora"] = _lora(lab, spec)
+        return model
+    layers = lab.get(setup + "train_decoder_layers", -1)
+    model["freeze_backbone"] = frozen = lab.require(setup + "freeze_backbone")
+    model["train_vision"] = lab.get(setup + "train_vision", False)
+    if not frozen and layers > 0:
+        model["train_decoder_layers"] = layers
+    return model
+
+
+def _tunes_projection(lab: LabConfig) -> bool:
+    asked = [key for key in ("tune_mm_mlp_adapter", "tune_mm_projector") if lab.get(f"train_setup.{key}", False)]
+    if not asked or lab.get("train_setup.freeze_mm_mlp_adapter", False):
+        return False
+    lab.assume(
+        f"train_setup.{asked[0]}: the projection trains; RoboVLMs itself never reads this key, later trainers of the fork may"
+    )
+    return True
+
+
+def _lora(lab: LabConfig, spec: PolicySpec) -> dict[str, Any]:
+    assert spec.lora is not None
+    setup = "train_setup."
+    for key in ("lora_r", "lora_alpha", "lora_dropout"):
+        lab.get(setup + key)
+    lost = ["freeze_backbone false"] if not lab.get(setup + "freeze_backbone", True) else []
+    lost += ["train_vision"] if lab.get(setup + "train_vision", False) else []
+    if lost:
+        lab.assume(f"without effect: {', '.join(lost)}; adapters freeze everything of the base but the word embeddings")
+    bias = lab.get(setup + "lora_bias", "none")
+    return {"targets": "all", "r": spec.lora.r, "alpha": spec.lora.alpha, "dropout": spec.lora.dropout, "bias": bias}
+
+
+def _optimizer(lab: LabConfig) -> dict[str, Any]:
+    schedule = lab.get("scheduler", "constant")
+    if schedule not in ("constant", "cosine", "half-cosine"):
+        raise lab.unusable("scheduler", expected="constant, cosine or half-cosine")
+    clip, written = lab.get("gradient_clip_val", 0.0), lab.get("trainer.gradient_clip_val", 0.0)
+    if clip != written:
+        outcome = "not clipped" if clip == 0 else f"clipped to {clip:g}"
+        lab.assume(
+            f"gradients are {outcome}: as in RoboVLMs, the top-level gradient_clip_val (absent: 0) overwrites "
+            f"trainer.gradient_clip_val {written:g}; optimizer.clip_norm sets it here"
+        )
+    return {
+        "learning_rate": lab.require("learning_rate"),
+        "weight_decay": lab.get("weight_decay", 0.0),
+        "schedule": "constant" if schedule == "constant" else "cosine",
+        # The plain cosine ends at zero; only half-cosine reads the scale.
+        "min_lr_scale": 0.0 if schedule == "cosine" else lab.get("min_lr_scale", 0.01),
+        "warmup_steps": lab.get("warmup_steps", 0),
+        "warmup_epochs": lab.get("warmup_epochs", 0.0),
+        "clip_norm": clip,
+    }
+
+
+def _loop(lab: LabConfig) -> dict[str, Any]:
+    precision = str(lab.get("trainer.precision", "32"))
+    if precision not in _PRECISIONS:
+        raise lab.unusable("trainer.precision", expected=", ".join(_PRECISIONS))
+    if precision in ("16-true", "bf16-true"):
+        lab.assume(f"trainer.precision {precision} is trained in mixed precision: weights stay fp32")
+    loop: dict[str, Any] = {
+        "batch_size": lab.get("batch_size", 1),
+        "accumulate": lab.get("trainer.accumulate_grad_batches", 1),
+        "precision": _PRECISIONS[precision],
+        "workers": lab.get("num_workers", 0),
+        "seed": lab.get("seed", 0),
+        "max_steps": max(lab.get("trainer.max_steps", -1), 0),
+    }
+    epochs = lab.get("trainer.max_epochs", -1)
+    if epochs > 0:
+        loop["epochs"] = epochs
+    else:
+        lab.assume("trainer.max_epochs sets no end; loop.epochs has its default")
+    return loop

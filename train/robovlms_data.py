@@ -1,0 +1,152 @@
+"""What a RoboVLMs config says about its data: which files, on which scale, seen how.
+
+Knows the loaders of RoboVLMs and its 2-DoF fork: their columns, clipping, filters, augmentation and split.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from train.config import PolicySpec
+from train.robovlms_keys import LabConfig
+
+_AXES = ("linear_x", "linear_y", "angular_z")
+_H5_DATASETS = ("MobileVLAH5Dataset", "NavDataset")
+_PIXEL_NORMS = {
+    "clip": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
+    "none": ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0]),
+}
+_CROP = 0.1  # the fork draws areas of 80 to 100 %, which are sides of about 90 to 100 %
+
+
+def is_h5(lab: LabConfig) -> bool:
+    """Whether the fork's loader of H5 episodes was to read the data."""
+    return any(lab.get(f"{path}.type") in _H5_DATASETS for path in lab.datasets("train_dataset"))
+
+
+def data_settings(lab: LabConfig, spec: PolicySpec) -> dict[str, Any]:
+    """The section `data`.
+
+    Raises:
+        ConfigError: no dataset, no folder, or normalisation of pixels that no policy was trained with.
+    """
+    fork = is_h5(lab)
+    data: dict[str, Any] = {
+        "actions": tuple(lab.get("jetvla.action_names", _axes(spec, lab))),
+        "sources": [{"files": [_files(lab, path)]} for path in lab.datasets("train_dataset")],
+        "window": spec.window,
+        "chunk": spec.chunk,
+        "action_range": _action_range(lab, spec, fork=fork),
+        "resize": lab.get("jetvla.resize", "bilinear" if fork else "bicubic"),
+        "pixel_norm": _pixel_norm(lab, fork=fork),
+        "prompt_template": spec.prompt_template,
+    }
+    if not data["sources"]:
+        raise lab.unusable("train_dataset", expected="an object with data_dir, the folder of the H5 episodes")
+    if (fps := lab.get("jetvla.fps")) is not None:
+        data["fps"] = fps
+    _note_datasets(lab, data, fork=fork)
+    return data
+
+
+def augment_settings(lab: LabConfig) -> dict[str, Any]:
+    """The section `augment`."""
+
+    def asked(key: str) -> bool:
+        found = [lab.get(f"{path}.{key}", False) for path in lab.datasets("train_dataset")]
+        return any(found)
+
+    augment: dict[str, Any] = {}
+    if asked("augment"):
+        augment["mirror"] = 0.5
+    if asked("use_color_jitter"):
+        augment |= {"brightness": 0.4, "contrast": 0.4, "saturation": 0.3, "hue": 0.1}
+    if asked("use_random_crop"):
+        augment["crop"] = _CROP
+    if len(augment.keys() - {"mirror"}) > 0:
+        lab.assume("colours and crop are drawn once for an episode in an epoch, not for each frame")
+    return augment
+
+
+def _axes(spec: PolicySpec, lab: LabConfig) -> tuple[str, ...]:
+    """The recorded columns that the head learns: the fork's loader takes the first two, unless the head has more velocities."""
+    if spec.head.kind != "velocities":
+        return _AXES[:2]
+    lab.get("act_head.action_dim")
+    if spec.head.outputs > len(_AXES):
+        raise lab.unusable("act_head.action_dim", expected=f"at most {len(_AXES)} velocities: {', '.join(_AXES)}")
+    return _AXES[: spec.head.outputs]
+
+
+def _files(lab: LabConfig, path: str) -> str:
+    folder = str(lab.require(f"{path}.data_dir")).rstrip("/")
+    kind = lab.get(f"{path}.type", "no type")
+    if kind not in _H5_DATASETS:
+        lab.assume(f"{path}.type {kind} is not read; H5 episodes are looked for in {folder}")
+    return f"{folder}/{lab.get(f'{path}.episode_pattern', 'episode_*.h5')}"
+
+
+def _action_range(lab: LabConfig, spec: PolicySpec, *, fork: bool) -> tuple[float, float]:
+    lab.get("norm_action"), lab.get("norm_min"), lab.get("norm_max")
+    ours = lab.get("jetvla.action_minimum"), lab.get("jetvla.action_maximum")
+    if ours[0] is not None and ours[1] is not None:
+        return ours
+    if not spec.normalized:
+        lab.assume("norm_action is false: actions are clipped to [-1, 1], as the fork's loader does")
+        return -1.0, 1.0
+    if fork and (spec.minimum, spec.maximum) != (-1.0, 1.0):
+        lab.assume("the fork's loader clips to [-1, 1] whatever norm_min and norm_max say; this run scales from them")
+    return spec.minimum, spec.maximum
+
+
+def _pixel_norm(lab: LabConfig, *, fork: bool) -> str:
+    mean, std = lab.get("image_mean"), lab.get("image_std")
+    ours: str | None = lab.get("jetvla.pixel_norm")
+    if ours is not None:
+        return ours
+    if fork:
+        lab.assume(
+            "pixels: before February 2026 the fork's loader subtracted no mean whatever image_mean says (data.pixel_norm)"
+        )
+    for name, (known_mean, known_std) in _PIXEL_NORMS.items():
+        if (mean or _PIXEL_NORMS["clip"][0]) == known_mean and (std or _PIXEL_NORMS["clip"][1]) == known_std:
+            return name
+    raise lab.unusable("image_mean" if mean is not None else "image_std", expected="CLIP's mean and std, or 0 and 1")
+
+
+def _note_datasets(lab: LabConfig, data: dict[str, Any], *, fork: bool) -> None:
+    """The share that validates, and where the fork's loader does what ours does not."""
+    paths = lab.datasets("train_dataset")
+    shares = {lab.get(f"{path}.train_split", 0.8) for path in paths}
+    data["val_share"] = round(1 - max(shares), 6)
+    if fork:
+        lab.assume(
+            "the split is drawn by episode, left and right alike; the fork's is by sorted file name (data.split)"
+        )
+        lab.assume(
+            "an epoch is every window once; the fork draws fewer at random: T - W - n + 1 for an episode of T frames"
+        )
+    for path in paths:
+        for key in ("window_size", "fwd_pred_next_n"):
+            if (inner := lab.get(f"{path}.{key}", lab.get(key))) != lab.get(key):
+                lab.assume(f"{path}.{key} {inner} differs from {key} {lab.get(key)}, which counts")
+        if (preset := lab.get(f"{path}.instruction_preset")) is not None:
+            lab.assume(
+                f"instruction_preset {preset} stands in the fork's code: instructions are those of the files here"
+            )
+        if lab.get(f"{path}.history_dropout_prob", 0) > 0:
+            lab.assume(f"{path}.history_dropout_prob is not done")
+        if lab.get(f"{path}.min_episode_frames") is not None:
+            lab.assume(f"{path}.min_episode_frames is not read: every episode of two frames or more counts")
+    trained = {_pattern(lab, path) for path in paths}
+    others = sorted({_pattern(lab, path) for path in lab.datasets("val_dataset")} - trained)
+    if others:
+        lab.assume(
+            f"val_dataset names other files, which are not read: {', '.join(others)}; a share of train_dataset validates"
+        )
+
+
+def _pattern(lab: LabConfig, path: str) -> str:
+    for key in ("type", "is_validation", "train_split"):
+        lab.get(f"{path}.{key}")
+    return f"{lab.get(f'{path}.data_dir', '')}/{lab.get(f'{path}.episode_pattern', 'episode_*.h5')}"

@@ -1,0 +1,110 @@
+"""Image tokens of episodes, computed once: where nothing that trains reaches the vision tower, they never change.
+
+One file per episode and orientation, float32 [T, N, D], named by everything that decides its content: base weights, preprocessing, the
+episode's bytes and schema (its colour order), and whether it is mirrored. Half a megabyte per frame for the real Kosmos-2.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bundle.atomic import disk_errors, publish_file
+from train.augmentation import mirror_frame
+from train.episode_set import TrainingEpisode
+from train.fast_forward import pixels_of
+from train.frame_store import FrameStore
+from train.policy import KosmosPolicy
+
+_AT_ONCE = 8  # frames per forward pass
+
+
+class TokenCache:
+    """Fetches image tokens, computing what is missing.
+
+    Args:
+        folder: of the files.
+        policy: its vision tower and projection are frozen.
+        base_sha256: hash of their weights.
+        store: resized frames.
+        pixel_norm: see DataConfig.
+    """
+
+    def __init__(
+        self, folder: Path, policy: KosmosPolicy, *, base_sha256: str, store: FrameStore, pixel_norm: str
+    ) -> None:
+        self._folder = folder
+        self._policy = policy
+        self._store = store
+        self._pixel_norm = pixel_norm
+        self._prefix = f"{base_sha256} {pixel_norm} {store.size} {store.resize}"
+
+    def tokens(self, episode: TrainingEpisode, *, mirrored: bool) -> NDArray[np.float32]:
+        """Memory-mapped float32 [T, N, D].
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        path = self._path(episode, mirrored=mirrored)
+        shape = self._shape(episode)
+        found = _open(path, shape)
+        if found is None:
+            self._compute(path, episode, mirrored=mirrored)
+            found = np.load(path, mmap_mode="r")
+        return found
+
+    def prepare(
+        self, episodes: Sequence[TrainingEpisode], orientations: Sequence[bool], advance: Callable[[int], None]
+    ) -> None:
+        """Compute what is missing; `advance` gets the frames of each episode."""
+        for episode in episodes:
+            for mirrored in orientations:
+                self.tokens(episode, mirrored=mirrored)
+                advance(len(episode))
+
+    def bytes_needed(self, episodes: Sequence[TrainingEpisode], orientations: int) -> int:
+        """Size of all files."""
+        return sum(4 * int(np.prod(self._shape(episode))) for episode in episodes) * orientations
+
+    def _shape(self, episode: TrainingEpisode) -> tuple[int, int, int]:
+        kosmos = self._policy.kosmos
+        return len(episode), kosmos.latent_query_num, kosmos.text_config.embed_dim
+
+    def _path(self, episode: TrainingEpisode, *, mirrored: bool) -> Path:
+        key = hashlib.sha256(f"{self._prefix} {episode.sha256} {episode.schema} {mirrored}".encode()).hexdigest()
+        return self._folder / f"{key[:32]}.npy"
+
+    @torch.no_grad()
+    def _compute(self, path: Path, episode: TrainingEpisode, *, mirrored: bool) -> None:
+        frames = self._store.frames(episode)
+        device = self._policy.action_token.device
+        parts = []
+        for start in range(0, len(episode), _AT_ONCE):
+            chunk = np.asarray(frames[start : start + _AT_ONCE])
+            if mirrored:
+                chunk = np.stack([mirror_frame(frame) for frame in chunk])
+            parts.append(self._policy.image_tokens(pixels_of(chunk, self._pixel_norm, device)).cpu().numpy())
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with disk_errors(path):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                with temporary.open("wb") as file:
+                    np.save(file, np.concatenate(parts).astype(np.float32))
+            publish_file(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _open(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32] | None:
+    """The file if it is whole; a damaged one counts as missing."""
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return None
+    return array if array.shape == shape and array.dtype == np.float32 else None

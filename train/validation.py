@@ -1,0 +1,244 @@
+"""What a run measures at every validation, and the proofs that training is what it says.
+
+Loss as in training, over every window of the validation episodes; errors of the action for now as the robot will see it (history grows
+from one frame to W); direction accuracy; left/right confusion; instruction sensitivity (does the action change when the words do?); and
+feature drift (how far have features of probe frames moved since step 0?). Episodes are dealt to processes and the results gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from bundle.errors import TrainingError
+from train.augmentation import mirror_text
+from train.batches import classes_of
+from train.fast_forward import FrameBatch, TrainingForward
+from train.inputs import InputSource, as_recorded
+from train.losses import Counts, LossSpec, loss_counts, loss_terms, total_loss
+from train.metrics import left_right_confusion
+from train.sampling import Window
+from train.windows import window_starts
+
+_FRAMES_AT_ONCE = 16
+_PROBES = 4  # episodes that are encoded a second time with other words
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The outcome.
+
+    Attributes:
+        loss: masked mean over all windows.
+        rmse: per recorded axis, physical units; empty for class heads.
+        direction_accuracy: share of frames with the right one of nine directions.
+        majority: the share that always naming the commonest direction would have.
+        left_right: int64 [3, 3], recorded (left, none, right) by predicted; None where nothing moves sideways.
+        sensitivity: mean absolute change of the action for now (head's units) when the instruction's words change.
+        sensitivity_largest: the largest such change; zero means that words do not reach the action at all.
+        drift: mean cosine distance of probe features to those of step 0.
+    """
+
+    loss: float
+    rmse: dict[str, float]
+    direction_accuracy: float
+    majority: float
+    left_right: NDArray[np.int64] | None
+    sensitivity: float
+    sensitivity_largest: float
+    drift: float
+
+    def metrics(self) -> dict[str, float]:
+        """Flat numbers for ledgers and plots."""
+        named = {f"val_rmse_{axis}": value for axis, value in self.rmse.items()}
+        return {
+            "val_loss": self.loss,
+            **named,
+            "val_direction_accuracy": self.direction_accuracy,
+            "val_majority_accuracy": self.majority,
+            "instruction_sensitivity": self.sensitivity,
+            "feature_drift": self.drift,
+        }
+
+
+@dataclass
+class _Share:
+    """What one process found."""
+
+    numerators: dict[str, float] = field(default_factory=dict)
+    counts: Counts = field(default_factory=lambda: Counts(0.0, 0.0))
+    predicted: list[NDArray[np.float32]] = field(default_factory=list)
+    recorded: list[NDArray[np.float32]] = field(default_factory=list)
+    classes: list[NDArray[np.int64]] = field(default_factory=list)
+    named: list[NDArray[np.int64]] = field(default_factory=list)
+    changes: list[NDArray[np.float32]] = field(default_factory=list)
+    drift: list[float] = field(default_factory=list)
+
+
+class Validator:
+    """Measures a policy on the validation episodes; make it before the first step, for the probe features.
+
+    Args:
+        accelerator: for precision, and to deal episodes to processes.
+        forward: the bare module, not its data-parallel wrapper.
+        source: the validation data, without augmentation.
+        spec: the loss.
+        initial: probe features of step 0 by episode, of an earlier sitting of the run; None computes them now.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        forward: TrainingForward,
+        source: InputSource,
+        spec: LossSpec,
+        initial: dict[str, Tensor] | None = None,
+    ) -> None:
+        self._accelerator = accelerator
+        self._forward = forward
+        self._source = source
+        self._spec = spec
+        self.initial = self._probe_features() if initial is None else initial
+
+    def run(self, advance: Callable[[], None] = lambda: None) -> Validation:
+        """Validate; `advance` is called after each episode of this process.
+
+        Raises:
+            TrainingError: the words of the instruction do not change the action although the packing shows them.
+        """
+        modes = [(module, module.training) for module in self._forward.modules()]
+        self._forward.eval()
+        own = _Share()
+        try:
+            with torch.no_grad(), self._accelerator.autocast():
+                mine = range(
+                    self._accelerator.process_index, len(self._source.episodes), self._accelerator.num_processes
+                )
+                for index in mine:
+                    self._episode(index, own)
+                    advance()
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        shares: list[_Share] = gather_object([own])
+        return self._check(self._summary(shares))
+
+    def _episode(self, index: int, own: _Share) -> None:
+        source, spec = self._source, self._spec
+        episode = source.episodes[index]
+        starts = window_starts(len(episode), source.data.window)
+        batch = source.batch([Window(as_recorded(index), start) for start in starts])
+        frames = source.frames(batch)
+        targets = source.targets(batch)
+        features = self._features(frames)
+        predicted = self._forward.chunks(features, frames.frame_of).float()
+        for name, value in loss_terms(spec, predicted, targets.actions, targets.classes, targets.mask).items():
+            own.numerators[name] = own.numerators.get(name, 0.0) + float(value)
+        own.counts += loss_counts(spec, batch.mask, batch.classes, source.columns)
+        now = _as_deployed(predicted[:, :, 0], len(episode))
+        if spec.kind == "classes":
+            own.named.append(now.argmax(dim=-1).cpu().numpy())
+        else:
+            minimum, maximum = source.action_range
+            axes = episode.actions.shape[1]
+            physical = (now[:, :axes] + 1) / 2 * (maximum - minimum) + minimum
+            own.predicted.append(physical.cpu().numpy().astype(np.float32))
+        own.recorded.append(episode.actions)
+        own.classes.append(classes_of(episode.actions, source.data.actions))
+        if index < _PROBES:
+            other = self._features(self._reworded(frames, episode.instruction))
+            changed = self._forward.chunks(other, frames.frame_of).float()
+            own.changes.append((_as_deployed(changed[:, :, 0], len(episode)) - now).abs().cpu().numpy())
+            before = self.initial[episode.name].to(features.device)
+            own.drift.append(float(1 - functional.cosine_similarity(features.float(), before, dim=-1).mean()))
+
+    def _features(self, frames: FrameBatch) -> Tensor:
+        parts = []
+        for start in range(0, len(frames.prompt_of), _FRAMES_AT_ONCE):
+            part = slice(start, start + _FRAMES_AT_ONCE)
+            pixels = None if frames.pixels is None else frames.pixels[part]
+            tokens = None if frames.tokens is None else frames.tokens[part]
+            parts.append(
+                self._forward.features(
+                    FrameBatch(pixels, tokens, frames.prompts, frames.prompt_of[part], frames.frame_of)
+                )
+            )
+        return torch.cat(parts)
+
+    def _reworded(self, frames: FrameBatch, instruction: str) -> FrameBatch:
+        """The same frames under the instruction with left and right swapped."""
+        prompt = self._source.prompts[other_words(instruction)].to(frames.prompt_of.device)
+        return FrameBatch(frames.pixels, frames.tokens, (prompt,), torch.zeros_like(frames.prompt_of), frames.frame_of)
+
+    @torch.no_grad()
+    def _probe_features(self) -> dict[str, Tensor]:
+        self._forward.eval()
+        found = {}
+        for index, episode in enumerate(self._source.episodes[:_PROBES]):
+            starts = window_starts(len(episode), self._source.data.window)
+            batch = self._source.batch([Window(as_recorded(index), start) for start in starts])
+            found[episode.name] = self._features(self._source.frames(batch)).float().cpu()
+        return found
+
+    def _summary(self, shares: list[_Share]) -> Validation:
+        counts = sum((share.counts for share in shares), Counts(0.0, 0.0))
+        names = {name for share in shares for name in share.numerators}
+        terms = {name: torch.tensor(sum(share.numerators.get(name, 0.0) for share in shares)) for name in names}
+        recorded = np.concatenate([part for share in shares for part in share.recorded])
+        classes = np.concatenate([part for share in shares for part in share.classes])
+        changes = [part for share in shares for part in share.changes]
+        rmse: dict[str, float] = {}
+        confusion = None
+        if self._spec.kind == "classes":
+            named = np.concatenate([part for share in shares for part in share.named])
+        else:
+            predicted = np.concatenate([part for share in shares for part in share.predicted])
+            errors = np.sqrt(np.mean((predicted.astype(np.float64) - recorded) ** 2, axis=0))
+            rmse = dict(zip(self._source.data.actions, map(float, errors), strict=True))
+            named = classes_of(predicted, self._source.data.actions)
+            if "linear_y" in self._source.data.actions:
+                column = self._source.data.actions.index("linear_y")
+                confusion = left_right_confusion(predicted[:, column], recorded[:, column])
+        return Validation(
+            loss=float(total_loss(self._spec, terms, counts)),
+            rmse=rmse,
+            direction_accuracy=float(np.mean(named == classes)),
+            majority=float(np.bincount(classes).max() / len(classes)),
+            left_right=confusion,
+            sensitivity=float(np.mean(np.concatenate([part.ravel() for part in changes]))),
+            sensitivity_largest=float(max(part.max() for part in changes)),
+            drift=float(np.mean([value for share in shares for value in share.drift])),
+        )
+
+    def _check(self, result: Validation) -> Validation:
+        visible = self._forward.policy.conventions.packing == "upstream"
+        if visible and not result.sensitivity_largest > 0:
+            raise TrainingError(
+                "the words of the instruction do not reach the action",
+                got="not one predicted action changes when left and right are swapped in the text",
+                expected="another action for other words",
+                hint="a head that saturated or died shows the same actions for everything: look at the loss curve, lower the rate. If "
+                "features do not change either, the packing is broken: please report it.",
+            )
+        return result
+
+
+def other_words(instruction: str) -> str:
+    """The instruction with left and right swapped, or backwards where it names neither."""
+    mirrored = mirror_text(instruction)
+    return mirrored if mirrored != instruction else " ".join(reversed(instruction.split()))
+
+
+def _as_deployed(chunks: Tensor, length: int) -> Tensor:
+    """Predictions [windows, W, A] to one for each frame [T, A], with the history that the robot has there: 1 to W frames."""
+    window = chunks.shape[1]
+    first = chunks[0, : min(window, length)]
+    return torch.cat([first, chunks[1:, -1]]) if length > window else first
