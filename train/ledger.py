@@ -195,10 +195,10 @@ class Ledger:
         return ledger
 
     def epoch(self, epoch: int, step: int, seconds: float, metrics: dict[str, float]) -> None:
-        """Record a finished epoch; the one recorded last may be repeated (a kill came before its state was saved).
+        """Record a finished epoch; the one recorded last may be repeated, as after a kill that came before its state was saved.
 
         Args:
-            epoch: from 0.
+            epoch: passes done; 0 is the untrained policy.
             step: optimizer steps done in all.
             metrics: any floats, also not finite ones.
         """

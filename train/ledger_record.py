@@ -81,7 +81,10 @@ class ParameterCounts(_Strict, frozen=True):
 
 
 class EpochRecord(_Strict, frozen=True):
-    """A finished epoch (from 0): the optimizer steps done in all, the seconds it took, and what was measured at its end."""
+    """What was measured after `epoch` passes over the training windows and `step` optimizer steps; epoch 0 is the untrained policy.
+
+    `seconds` is what the pass took.
+    """
 
     epoch: Count
     step: Count
