@@ -30,6 +30,12 @@ def mirror_text(text: str) -> str:
     return _SIDE.sub(lambda match: _OTHER[match[0]], text)
 
 
+def other_words(instruction: str) -> str:
+    """The instruction with left and right swapped, or backwards where it names neither."""
+    mirrored = mirror_text(instruction)
+    return mirrored if mirrored != instruction else " ".join(reversed(instruction.split()))
+
+
 def mirror_actions(actions: NDArray[np.float32], names: Sequence[str]) -> NDArray[np.float32]:
     """A copy of [..., A] with `linear_y` and `angular_z` negated.
 

@@ -1,13 +1,128 @@
-"""Measures of predicted actions against recorded ones, on plain arrays."""
+"""Measures of predicted actions against recorded ones, on plain arrays; intervals by resampling episodes.
+
+Frames of an episode are alike, so the unit that is resampled is the episode: intervals over frames would be several times too narrow.
+All measures are sums over frames divided by their number, so one matrix product gives every resample. Knows nothing about policies.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from episodes.actions import CLASS_THRESHOLD
+from episodes.actions import CLASS_NAMES, CLASS_THRESHOLD, classify_actions
 
 SIDES = ("left", "none", "right")
+RESAMPLES = 2000
+_COVERAGE = (2.5, 97.5)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measure over a set of episodes, with its 95 % interval, or None where there are too few episodes for one."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        interval = "" if self.low is None else f" [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self.value:.3f}{interval}"
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What one episode adds to every measure.
+
+    Attributes:
+        frames: T.
+        squares, absolutes: float64 [A], summed over frames.
+        directions: int64 [9, 9], recorded by predicted.
+        sides: int64 [3, 3], recorded by predicted.
+    """
+
+    frames: int
+    squares: NDArray[np.float64]
+    absolutes: NDArray[np.float64]
+    directions: NDArray[np.int64]
+    sides: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Measures:
+    """A set of episodes, measured.
+
+    Attributes:
+        frames, episodes: numbers.
+        rmse, mae: per axis, in its unit.
+        constant_rmse: per axis, of the best constant prediction: the recorded standard deviation.
+        direction_accuracy: share of frames with the right one of nine directions.
+        majority: the commonest recorded direction and its share: what naming it always would score.
+        directions, sides: summed confusion matrices, recorded by predicted.
+    """
+
+    frames: int
+    episodes: int
+    rmse: tuple[Estimate, ...]
+    mae: tuple[Estimate, ...]
+    constant_rmse: tuple[float, ...]
+    direction_accuracy: Estimate
+    majority: tuple[str, float]
+    directions: NDArray[np.int64]
+    sides: NDArray[np.int64]
+
+
+def episode_sums(
+    predicted: NDArray[np.float32],
+    recorded: NDArray[np.float32],
+    axes: Sequence[str],
+    *,
+    threshold: float = CLASS_THRESHOLD,
+) -> Sums:
+    """What an episode adds.
+
+    Args:
+        predicted, recorded: [T, A], physical units.
+        axes: names of the columns; directions are of linear_x and linear_y, a missing one counting as 0.
+        threshold: below which a component of a direction does not count.
+    """
+    error = predicted.astype(np.float64) - recorded
+    confusion = np.zeros((len(CLASS_NAMES), len(CLASS_NAMES)), np.int64)
+    pair = (classify_actions(planar(recorded, axes), threshold), classify_actions(planar(predicted, axes), threshold))
+    np.add.at(confusion, pair, 1)
+    lateral = [planar(values, axes)[:, 1] for values in (predicted, recorded)]
+    sides = left_right_confusion(*lateral, threshold=threshold)
+    return Sums(len(error), (error**2).sum(axis=0), np.abs(error).sum(axis=0), confusion, sides)
+
+
+def measure(episodes: Sequence[Sums], recorded: Sequence[NDArray[np.float32]], *, seed: int = 0) -> Measures:
+    """Sums of episodes (at least one) to measures.
+
+    Args:
+        recorded: [T, A] of each, for the constant baseline.
+        seed: of the resampling.
+    """
+    frames = np.array([each.frames for each in episodes], np.float64)
+    squares = np.stack([each.squares for each in episodes])
+    absolutes = np.stack([each.absolutes for each in episodes])
+    directions = np.sum([each.directions for each in episodes], axis=0)
+    correct = np.array([np.trace(each.directions) for each in episodes], np.float64)
+    weights = _resamples(len(episodes), seed)
+    by_class = directions.sum(axis=1)
+    commonest = int(by_class.argmax())
+    return Measures(
+        frames=int(frames.sum()),
+        episodes=len(episodes),
+        rmse=tuple(_estimate(column, frames, weights, root=True) for column in squares.T),
+        mae=tuple(_estimate(column, frames, weights) for column in absolutes.T),
+        constant_rmse=tuple(float(value) for value in np.concatenate(recorded).astype(np.float64).std(axis=0)),
+        direction_accuracy=_estimate(correct, frames, weights),
+        majority=(CLASS_NAMES[commonest], float(by_class[commonest] / by_class.sum())),
+        directions=directions,
+        sides=np.sum([each.sides for each in episodes], axis=0),
+    )
 
 
 def left_right_confusion(
@@ -23,5 +138,32 @@ def left_right_confusion(
     return confusion
 
 
+def planar(actions: NDArray[np.float32], axes: Sequence[str]) -> NDArray[np.float32]:
+    """linear_x and linear_y [T, 2] of actions [T, A]; an axis that is not there is 0."""
+    result = np.zeros((len(actions), 2), np.float32)
+    for column, name in enumerate(("linear_x", "linear_y")):
+        if name in axes:
+            result[:, column] = actions[:, list(axes).index(name)]
+    return result
+
+
 def _sides(lateral: NDArray[np.float32], threshold: float) -> NDArray[np.int64]:
     return np.where(lateral > threshold, 0, np.where(lateral < -threshold, 2, 1)).astype(np.int64)
+
+
+def _resamples(episodes: int, seed: int) -> NDArray[np.float64] | None:
+    """How often each episode comes in each resample [R, E]; None for a single one, which says nothing about others."""
+    if episodes < 2:
+        return None
+    drawn = np.random.default_rng(seed).multinomial(episodes, np.full(episodes, 1 / episodes), size=RESAMPLES)
+    return drawn.astype(np.float64)
+
+
+def _estimate(
+    sums: NDArray[np.float64], frames: NDArray[np.float64], weights: NDArray[np.float64] | None, *, root: bool = False
+) -> Estimate:
+    value = float(sums.sum() / frames.sum())
+    if weights is None:
+        return Estimate(value**0.5 if root else value)
+    low, high = (float(edge) for edge in np.percentile((weights @ sums) / (weights @ frames), _COVERAGE))
+    return Estimate(value**0.5, low**0.5, high**0.5) if root else Estimate(value, low, high)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bundle.errors import TrainingError
-from train.augmentation import mirror_text
+from train.augmentation import other_words
 from train.batches import classes_of
 from train.fast_forward import FrameBatch, TrainingForward
 from train.inputs import InputSource, as_recorded
@@ -229,12 +229,6 @@ class Validator:
                 "features do not change either, the packing is broken: please report it.",
             )
         return result
-
-
-def other_words(instruction: str) -> str:
-    """The instruction with left and right swapped, or backwards where it names neither."""
-    mirrored = mirror_text(instruction)
-    return mirrored if mirrored != instruction else " ".join(reversed(instruction.split()))
 
 
 def _as_deployed(chunks: Tensor, length: int) -> Tensor:

@@ -1,0 +1,249 @@
+"""A policy judged on recorded episodes, a checkpoint and a bundle by the same numbers.
+
+Each episode is played from a reset, frame by frame, as on the robot. The action for now is compared with the recorded one in physical
+units: errors per axis, directions against the commonest one, a table per instruction, and the error of later chunk steps against what
+was recorded later. Optionally everything is done again with left and right swapped in the words: a policy that does no worse then does
+not listen. Knows nothing about printing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bundle.errors import BackendError, ConfigError, EpisodeError
+from episodes.reader import Episode, EpisodeWarning, open_episode
+from train.augmentation import other_words
+from train.episode_files import find_files
+from train.metrics import Estimate, Measures, Sums, episode_sums, measure
+from train.predictors import Predictor
+from train.run_config import SourceConfig
+from train.split import read_split
+
+
+@dataclass(frozen=True)
+class Played:
+    """One episode as it was played.
+
+    Attributes:
+        name: of the file.
+        instruction: what the policy was told.
+        predicted, recorded: float32 [T, A] of the common axes, physical units.
+        horizon: float64 [n, A], squared errors of chunk step k against the action k frames later, summed over frames.
+        sums: what it adds to the measures.
+    """
+
+    name: str
+    instruction: str
+    predicted: NDArray[np.float32]
+    recorded: NDArray[np.float32]
+    horizon: NDArray[np.float64]
+    sums: Sums
+
+    @property
+    def rmse(self) -> float:
+        """Over all axes."""
+        return float(np.sqrt(np.mean((self.predicted.astype(np.float64) - self.recorded) ** 2)))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The outcome.
+
+    Attributes:
+        description: what was judged.
+        axes, units: of the compared columns.
+        episodes: as played.
+        measures: over all.
+        by_instruction: the same per instruction.
+        horizon_rmse: float64 [n, A]: how well chunk step k foretells the action k frames later; NaN beyond the longest episode.
+        swapped: direction accuracy, and mean absolute change of the action, with left and right swapped in the words; None if not asked.
+    """
+
+    description: str
+    axes: tuple[str, ...]
+    units: tuple[str, ...]
+    episodes: tuple[Played, ...]
+    measures: Measures
+    by_instruction: dict[str, Measures]
+    horizon_rmse: NDArray[np.float64]
+    swapped: tuple[float, float] | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data of everything but the predictions."""
+        return {
+            "policy": self.description,
+            "axes": list(self.axes),
+            "units": list(self.units),
+            **self._measures(self.measures),
+            "by_instruction": {text: self._measures(found) for text, found in self.by_instruction.items()},
+            "horizon_rmse": [[None if np.isnan(v) else float(v) for v in row] for row in self.horizon_rmse],
+            "swapped_words": None
+            if self.swapped is None
+            else {"direction_accuracy": self.swapped[0], "mean_change": self.swapped[1]},
+            "episode_rmse": {played.name: played.rmse for played in self.episodes},
+        }
+
+    def _measures(self, found: Measures) -> dict[str, Any]:
+        def plain(estimate: Estimate) -> dict[str, float | None]:
+            return {"value": estimate.value, "low": estimate.low, "high": estimate.high}
+
+        return {
+            "frames": found.frames,
+            "episodes": found.episodes,
+            "rmse": {axis: plain(value) for axis, value in zip(self.axes, found.rmse, strict=True)},
+            "mae": {axis: plain(value) for axis, value in zip(self.axes, found.mae, strict=True)},
+            "constant_rmse": dict(zip(self.axes, found.constant_rmse, strict=True)),
+            "direction_accuracy": plain(found.direction_accuracy),
+            "majority": {"direction": found.majority[0], "accuracy": found.majority[1]},
+            "directions": found.directions.tolist(),
+            "sides": found.sides.tolist(),
+        }
+
+
+def episode_paths(patterns: Sequence[str], *, split: Path | None, part: str) -> tuple[Path, ...]:
+    """The files of patterns (paths, folders, globs), or those of them that a split file puts into one part.
+
+    Raises:
+        ConfigError: nothing matches, or none is in that part.
+    """
+    found = tuple(path for path, _ in find_files((SourceConfig(files=tuple(patterns)),), root=Path()))
+    if split is None:
+        return found
+    names = set(read_split(split).val if part == "val" else read_split(split).train)
+    chosen = tuple(path for path in found if path.name in names)
+    if not chosen:
+        raise ConfigError(
+            f"none of the episodes is in the {part} part of {split}",
+            got=", ".join(path.name for path in found[:3]),
+            expected=", ".join(sorted(names)[:3]),
+            hint="pass the episodes that the run was trained with.",
+        )
+    return chosen
+
+
+def evaluate(
+    predictor: Predictor,
+    paths: Sequence[Path],
+    *,
+    instruction: str | None = None,
+    swap_words: bool = False,
+    advance: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Judge a policy.
+
+    Args:
+        instruction: instead of the episodes' own.
+        swap_words: play everything a second time with other words.
+        advance: called after each pass over an episode.
+
+    Raises:
+        EpisodeError: no instruction, no common axis, or a damaged frame.
+        BackendError: a prediction is not finite.
+    """
+    played, other = [], []
+    axes: tuple[str, ...] | None = None
+    for path in paths:
+        with _opened(path) as episode:
+            predictor.check_rate(episode.fps)
+            common = _common_axes(episode, predictor, axes)
+            axes = common
+            told = _told(episode, instruction)
+            played.append(_play(predictor, episode, told, common))
+            advance()
+            if swap_words:
+                other.append(_play(predictor, episode, other_words(told), common))
+                advance()
+    assert axes is not None, "at least one episode"
+    groups: dict[str, list[Played]] = {}
+    for each in played:
+        groups.setdefault(each.instruction, []).append(each)
+    return Evaluation(
+        description=predictor.description,
+        axes=axes,
+        units=tuple(predictor.action.units[predictor.action.names.index(axis)] for axis in axes),
+        episodes=tuple(played),
+        measures=_measures(played),
+        by_instruction={text: _measures(group) for text, group in sorted(groups.items())},
+        horizon_rmse=_horizon(played),
+        swapped=_swapped(played, other) if swap_words else None,
+    )
+
+
+def _opened(path: Path) -> Episode:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", EpisodeWarning)  # the instruction that was used stands in the table
+        return open_episode(path)
+
+
+def _common_axes(episode: Episode, predictor: Predictor, before: tuple[str, ...] | None) -> tuple[str, ...]:
+    common = tuple(name for name in predictor.action.names if name in episode.action_names)
+    if not common or (before is not None and common != before):
+        raise EpisodeError(
+            f"{episode.path} has other axes than " + ("the policy" if not common else "the episodes before it"),
+            got=", ".join(episode.action_names),
+            expected=", ".join(before or predictor.action.names),
+            hint="evaluate episodes of one robot, and state the policy's axes where they are not recorded: --action-names ...",
+        )
+    return common
+
+
+def _told(episode: Episode, instruction: str | None) -> str:
+    told = instruction or episode.instruction
+    if told is None:
+        raise EpisodeError(
+            f"{episode.path} has no instruction",
+            expected="one stored, or left or right in the file name",
+            hint="pass --instruction '...'.",
+        )
+    return told
+
+
+def _play(predictor: Predictor, episode: Episode, told: str, axes: tuple[str, ...]) -> Played:
+    ours = [predictor.action.names.index(axis) for axis in axes]
+    theirs = [episode.action_names.index(axis) for axis in axes]
+    recorded = episode.actions[:, theirs]
+    predictor.reset(told)
+    chunks = []
+    for index, frame in enumerate(episode.frames()):
+        chunk = predictor.predict(frame)[:, ours]
+        if not np.isfinite(chunk).all():
+            raise BackendError(
+                f"the prediction for frame {index} of {episode.path.name} is not finite",
+                got=np.array2string(chunk[0]),
+                expected="finite commands",
+                hint="the weights or the precision of the engine are at fault: evaluate the checkpoint, or an fp32 bundle.",
+            )
+        chunks.append(chunk)
+    stacked = np.stack(chunks)
+    horizon = np.stack(
+        [
+            ((stacked[: max(len(recorded) - k, 0), k].astype(np.float64) - recorded[k:]) ** 2).sum(axis=0)
+            for k in range(stacked.shape[1])
+        ]
+    )
+    now = stacked[:, 0]
+    return Played(episode.path.name, told, now, recorded, horizon, episode_sums(now, recorded, axes))
+
+
+def _measures(played: Sequence[Played]) -> Measures:
+    return measure([each.sums for each in played], [each.recorded for each in played])
+
+
+def _horizon(played: Sequence[Played]) -> NDArray[np.float64]:
+    sums = np.sum([each.horizon for each in played], axis=0)
+    counts = np.array([sum(max(len(each.recorded) - k, 0) for each in played) for k in range(len(sums))], np.float64)
+    counts[counts == 0] = np.nan
+    return np.asarray(np.sqrt(sums / counts[:, None]))
+
+
+def _swapped(played: Sequence[Played], other: Sequence[Played]) -> tuple[float, float]:
+    correct = sum(int(np.trace(each.sums.directions)) for each in other)
+    change = np.concatenate([np.abs(a.predicted - b.predicted) for a, b in zip(played, other, strict=True)])
+    return correct / sum(each.sums.frames for each in other), float(change.mean())

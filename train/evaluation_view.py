@@ -1,0 +1,131 @@
+"""An evaluation for people: tables, and a picture of predicted and recorded commands over time."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from bundle.atomic import write_bytes
+from bundle.errors import ConfigError
+from train.evaluation import Evaluation
+from train.metrics import SIDES
+
+
+def render(found: Evaluation) -> Group:
+    """Everything that fits on a screen."""
+    return Group(*_parts(found))
+
+
+def _parts(found: Evaluation) -> Iterator[RenderableType]:
+    measures = found.measures
+    yield Text(found.description, style="bold")
+    yield Text(f"{measures.episodes} episodes, {measures.frames} frames; intervals are 95 %, by resampling episodes\n")
+    yield _axes(found)
+    name, share = measures.majority
+    yield Text(f"\ndirection accuracy {measures.direction_accuracy}; always saying {name} would score {share:.3f}")
+    if found.swapped is not None:
+        yield Text(
+            f"with left and right swapped in the words: {found.swapped[0]:.3f}; actions change by {found.swapped[1]:.3f} on average"
+        )
+    if measures.sides[[0, 2]].any():
+        yield Text()
+        yield _sides(found)
+    if len(found.by_instruction) > 1:
+        yield Text()
+        yield _instructions(found)
+
+
+def _axes(found: Evaluation) -> Table:
+    table = _table("axis", "RMSE", "MAE", "of a constant")
+    steps = _shown_steps(len(found.horizon_rmse))
+    for step in steps:
+        table.add_column(f"in {step}", justify="right")
+    for column, (axis, unit) in enumerate(zip(found.axes, found.units, strict=True)):
+        later = (f"{found.horizon_rmse[step, column]:.3f}" for step in steps)
+        values = (
+            found.measures.rmse[column],
+            found.measures.mae[column],
+            f"{found.measures.constant_rmse[column]:.3f}",
+        )
+        table.add_row(f"{axis} ({unit})", *map(str, values), *later)
+    if steps:
+        table.caption = "in k: RMSE of chunk step k against the action recorded k frames later"
+        table.caption_justify = "left"
+    return table
+
+
+def _sides(found: Evaluation) -> Table:
+    table = _table("recorded", *(f"predicted {side}" for side in SIDES))
+    for side, row in zip(SIDES, found.measures.sides, strict=True):
+        table.add_row(side, *map(str, row))
+    return table
+
+
+def _instructions(found: Evaluation) -> Table:
+    table = _table("instruction", "episodes", *(f"RMSE {axis}" for axis in found.axes), "direction")
+    table.columns[0].overflow = "fold"
+    for text, measures in found.by_instruction.items():
+        errors = (f"{value.value:.3f}" for value in measures.rmse)
+        table.add_row(text, str(measures.episodes), *errors, f"{measures.direction_accuracy.value:.3f}")
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index > 0)
+    return table
+
+
+def _shown_steps(chunk: int) -> list[int]:
+    """Chunk steps that are shown, beside the one for now."""
+    return sorted({step for step in (1, chunk // 2, chunk - 1) if 0 < step < chunk})
+
+
+def plot(found: Evaluation, path: Path) -> None:
+    """Predicted and recorded commands of the worst and the median episode, as a PNG.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+        StorageError: the disk refuses.
+    """
+    try:
+        import matplotlib as mpl
+
+        mpl.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        raise ConfigError(
+            "plots need matplotlib", expected="the extra `report`", hint="pip install 'jetvla[report]'"
+        ) from None
+    ranked = sorted(found.episodes, key=lambda played: played.rmse)
+    chosen = {"median": ranked[len(ranked) // 2], "worst": ranked[-1]}
+    count = len(found.axes)
+    figure: Any
+    figure, grid = pyplot.subplots(
+        count, 2, figsize=(11, 2.2 * count + 1.4), sharex="col", sharey="row", squeeze=False, constrained_layout=True
+    )
+    for column, (label, played) in enumerate(chosen.items()):
+        grid[0][column].set_title(f"{label}: {played.name}\n{played.instruction}", fontsize=8, wrap=True)
+        for row, (axis, unit) in enumerate(zip(found.axes, found.units, strict=True)):
+            panel = grid[row][column]
+            time = np.arange(len(played.recorded))
+            panel.step(time, played.recorded[:, row], where="mid", color="#555555", label="recorded")
+            panel.plot(time, played.predicted[:, row], color="#0072B2", marker=".", label="predicted")
+            panel.axhline(0, color="#cccccc", linewidth=0.8, zorder=0)
+            if column == 0:
+                panel.set_ylabel(f"{axis} ({unit})")
+        grid[-1][column].set_xlabel("frame")
+        grid[-1][column].xaxis.get_major_locator().set_params(integer=True)
+    grid[0][0].legend(loc="best", fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    pyplot.close(figure)
+    write_bytes(path, buffer.getvalue())

@@ -1,0 +1,168 @@
+"""A checkpoint and a bundle behind one protocol: an instruction, then frame by frame, as on the robot.
+
+The bundle runs the runtime itself, the checkpoint torch's reference forward with the same resize, prompt and scaling. This is the one
+place in train/ that imports the runtime: both must be judged by one ruler.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bundle.errors import ConfigError, EpisodeError
+from bundle.manifest import MANIFEST_NAME, Action, Packing
+from bundle.tokenization import tokenize
+from episodes.resize import squash
+from runtime.actions import denormalize
+from runtime.policy import Policy
+from train.action_meaning import action_of
+from train.checkpoint import LoadedPolicy, load
+from train.policy import CLIP_MEAN, CLIP_STD, ReferenceStream
+
+_NO_NORM = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+_SAME_RATE = 1.2
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What the user states about a checkpoint that does not record it; see export/build_engines.py. A bundle knows all of it."""
+
+    base: Path | None = None
+    packing: Packing | Literal["auto"] = "auto"
+    resize: Literal["bicubic", "bilinear", "auto"] = "auto"
+    pixel_norm: Literal["clip", "none", "auto"] = "auto"
+    action_range: tuple[float, float] | None = None
+    action_names: tuple[str, ...] = ()
+
+
+class Predictor(Protocol):
+    """What is judged.
+
+    Attributes:
+        action: names, units and scaling of its commands.
+        description: what it is, for people.
+    """
+
+    action: Action
+    description: str
+
+    def reset(self, instruction: str) -> None:
+        """Start an episode."""
+
+    def predict(self, frame: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """A frame uint8 [H, W, 3] RGB to commands [n, A] in physical units; row 0 is for now."""
+
+    def check_rate(self, fps: float | None) -> None:
+        """Warn where an episode runs at another rate than training did."""
+
+
+def open_predictor(path: Path, stated: Stated, *, backend: str = "auto") -> Predictor:
+    """A bundle (a folder with a manifest), or a checkpoint.
+
+    Raises:
+        ConfigError: something stated about a bundle, or a policy with a hand camera.
+        BundleError, BackendError, CheckpointError, BaseWeightsError: it cannot be loaded.
+    """
+    if (path / MANIFEST_NAME).exists() or path.is_dir():
+        if stated != Stated():
+            raise ConfigError(
+                f"{path} is a bundle, which records how it was trained",
+                got=", ".join(name for name, value in vars(stated).items() if value != getattr(Stated(), name)),
+                expected="no such option",
+                hint="leave the option out, or evaluate the checkpoint.",
+            )
+        return BundlePredictor(path, backend)
+    return CheckpointPredictor(path, stated)
+
+
+class BundlePredictor:
+    """The bundle on a backend, as on the robot."""
+
+    def __init__(self, path: Path, backend: str) -> None:
+        self._policy = Policy.load(path, backend=backend)
+        manifest = self._policy.manifest
+        _refuse_hand_camera(path, len(manifest.preprocessing.cameras))
+        self.action = manifest.action
+        self.description = f"bundle {path.name}, {manifest.precision} on {self._policy.backend}"
+
+    def reset(self, instruction: str) -> None:
+        self._policy.reset(instruction)
+
+    def predict(self, frame: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return self._policy.step(frame).values
+
+    def check_rate(self, fps: float | None) -> None:
+        """A manifest does not record a rate."""
+
+
+class CheckpointPredictor:
+    """The checkpoint in torch, in adapter form, fp32."""
+
+    def __init__(self, path: Path, stated: Stated) -> None:
+        loaded = load(path, base=stated.base, packing=stated.packing)
+        facts, spec = loaded.facts, loaded.policy.spec
+        _refuse_hand_camera(path, 2 if spec.hand_camera else 1)
+        self._loaded = loaded
+        self._tokenizer = _tokenizer(loaded)
+        self._stream: ReferenceStream | None = None
+        self._size = loaded.base.kosmos.vision_config.image_size
+        self._resize: Literal["bicubic", "bilinear"]
+        if stated.resize == "auto":
+            self._resize = "bicubic" if facts is None else facts.resize
+        else:
+            self._resize = stated.resize
+        norm = stated.pixel_norm if stated.pixel_norm != "auto" else "clip" if facts is None else facts.pixel_norm
+        self._mean, self._std = (CLIP_MEAN, CLIP_STD) if norm == "clip" else _NO_NORM
+        self._fps = None if facts is None else facts.fps
+        self.action = action_of(spec, facts, action_range=stated.action_range, names=stated.action_names)
+        conventions = loaded.policy.conventions
+        self.description = (
+            f"checkpoint {path.name}, fp32 in torch, packing {conventions.packing} ({conventions.packing_source}), "
+            f"resize {self._resize}, pixel norm {norm}"
+        )
+
+    def reset(self, instruction: str) -> None:
+        ids = np.array(tokenize(instruction, self._loaded.policy.spec.prompt_template, self._tokenizer))
+        policy = self._loaded.policy
+        self._stream = ReferenceStream(policy, ids, np.ones_like(ids), mean=self._mean, std=self._std)
+
+    def predict(self, frame: NDArray[np.uint8]) -> NDArray[np.float32]:
+        assert self._stream is not None, "reset comes first"
+        step = self._stream.step(np.array(squash(frame, self._size, self._resize))[None])
+        return denormalize(step.action, self.action)
+
+    def check_rate(self, fps: float | None) -> None:
+        trained = self._fps
+        if fps is not None and trained is not None and max(fps / trained, trained / fps) > _SAME_RATE:
+            warnings.warn(
+                f"an episode has {fps:.1f} frames per second, the policy was trained at {trained:.1f}: its window and chunk mean other "
+                "times there",
+                UserWarning,
+                stacklevel=2,
+            )
+
+
+def _tokenizer(loaded: LoadedPolicy) -> Path:
+    found = loaded.base.tokenizer
+    if found is None:
+        raise ConfigError(
+            "the base model has no tokenizer.json",
+            got=str(loaded.base.folder),
+            expected="a Kosmos-2 directory with tokenizer.json",
+            hint="pass it with --base DIR.",
+        )
+    return found
+
+
+def _refuse_hand_camera(path: Path, cameras: int) -> None:
+    if cameras != 1:
+        raise EpisodeError(
+            f"{path} needs {cameras} cameras",
+            expected="a policy with one",
+            hint="recorded episodes have one camera, so such policies cannot be evaluated on them.",
+        )
