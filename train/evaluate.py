@@ -78,8 +78,7 @@ def main() -> int:
     if config.json:
         print(json.dumps({**found.as_json(), "missed": missed}))
     else:
-        shown = Console(highlight=False)
-        shown.print(render(found), width=max(shown.width, _WIDTH) if not shown.is_terminal else None)
+        Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH).print(render(found))
     for text in missed:
         console.print(f"[bold red]missed:[/] {text}")
     return 3 if missed else 0

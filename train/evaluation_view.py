@@ -28,6 +28,8 @@ def _parts(found: Evaluation) -> Iterator[RenderableType]:
     yield Text(found.description, style="bold")
     yield Text(f"{measures.episodes} episodes, {measures.frames} frames; intervals are 95 %, by resampling episodes\n")
     yield _axes(found)
+    yield Text()
+    yield _horizon(found)
     name, share = measures.majority
     yield Text(f"\ndirection accuracy {measures.direction_accuracy}; always saying {name} would score {share:.3f}")
     if found.swapped is not None:
@@ -43,21 +45,21 @@ def _parts(found: Evaluation) -> Iterator[RenderableType]:
 
 
 def _axes(found: Evaluation) -> Table:
-    table = _table("axis", "RMSE", "MAE", "of a constant")
-    steps = _shown_steps(len(found.horizon_rmse))
-    for step in steps:
-        table.add_column(f"in {step}", justify="right")
-    for column, (axis, unit) in enumerate(zip(found.axes, found.units, strict=True)):
-        later = (f"{found.horizon_rmse[step, column]:.3f}" for step in steps)
-        values = (
-            found.measures.rmse[column],
-            found.measures.mae[column],
-            f"{found.measures.constant_rmse[column]:.3f}",
-        )
-        table.add_row(f"{axis} ({unit})", *map(str, values), *later)
-    if steps:
-        table.caption = "in k: RMSE of chunk step k against the action recorded k frames later"
-        table.caption_justify = "left"
+    table = _table("axis", "RMSE", "MAE", "RMSE of a constant")
+    for axis, unit, rmse, mae, constant in zip(
+        found.axes, found.units, found.measures.rmse, found.measures.mae, found.measures.constant_rmse, strict=True
+    ):
+        table.add_row(f"{axis} ({unit})", str(rmse), str(mae), f"{constant:.3f}")
+    return table
+
+
+def _horizon(found: Evaluation) -> Table:
+    """A few steps of the chunk: how well do they foretell what was recorded later?"""
+    chunk = len(found.horizon_rmse)
+    steps = sorted({0, 1, chunk // 2, chunk - 1} & set(range(chunk)))
+    table = _table("RMSE of chunk step", *map(str, steps))
+    for column, axis in enumerate(found.axes):
+        table.add_row(axis, *(f"{found.horizon_rmse[step, column]:.3f}" for step in steps))
     return table
 
 
@@ -82,11 +84,6 @@ def _table(*columns: str) -> Table:
     for index, name in enumerate(columns):
         table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index > 0)
     return table
-
-
-def _shown_steps(chunk: int) -> list[int]:
-    """Chunk steps that are shown, beside the one for now."""
-    return sorted({step for step in (1, chunk // 2, chunk - 1) if 0 < step < chunk})
 
 
 def plot(found: Evaluation, path: Path) -> None:

@@ -95,7 +95,10 @@ class TokenCache:
             with disk_errors(path):
                 self._folder.mkdir(parents=True, exist_ok=True)
                 with temporary.open("wb") as file:
-                    np.save(file, np.concatenate(parts).astype(np.float32))
+                    # Through `write`: numpy's own `tofile` hides what the system said of a full disk.
+                    array = np.ascontiguousarray(np.concatenate(parts), dtype=np.float32)
+                    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+                    file.write(array.data.cast("B"))
             publish_file(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from tests.checkpoints import MakeSynthetic, Variant, make_once, rewrite
 from tests.train.runs import RunFiles, make_run_files
@@ -38,6 +39,14 @@ def upstream(synthetic: MakeSynthetic) -> SyntheticFiles:
 def fork(synthetic: MakeSynthetic) -> SyntheticFiles:
     """The 2-DoF fork's LoRA policy with two velocities."""
     return synthetic(SyntheticOptions(layout="fork", head="velocities"))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps one state per process; runs in tests are processes of their own in spirit."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")
