@@ -114,7 +114,7 @@ class TrainingForward(nn.Module):
         return policy.act_head.reduce(text.layer_norm(hidden))
 
     def _run(self, function: Any, *arguments: Any) -> Tensor:
-        if self._recompute and self.training:
+        if self._recompute and self.policy.training:
             result: Tensor = checkpoint(function, *arguments, use_reentrant=False)
             return result
         result = function(*arguments)

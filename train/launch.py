@@ -22,6 +22,7 @@ from bundle.errors import ConfigError
 from train.episode_set import TrainingEpisode
 from train.ledger import BaseFacts, DataFile, Ledger, ParameterCounts, SplitFacts
 from train.load_config import LoadedConfig, load_run_config
+from train.memory import return_freed_memory
 from train.preflight import Plan, preflight
 from train.preflight_files import require_files
 from train.preflight_view import render
@@ -127,6 +128,8 @@ def make_accelerator(config: RunConfig) -> Accelerator:
             expected=f"a multiple of {accelerator.num_processes}",
             hint="it is the number of micro-batches of a step over all processes.",
         )
+    if not gpu:
+        return_freed_memory()
     set_seed(config.loop.seed)
     return accelerator
 

@@ -147,3 +147,26 @@ def test_the_reference_case_gives_its_features() -> None:
     with torch.no_grad():
         found = forward(batch)
     np.testing.assert_allclose(found.numpy(), case.chunks("win0"), atol=2e-5)
+
+
+def test_recomputing_saves_memory_whatever_mode_the_wrapper_is_in(fork: SyntheticFiles, pixels: Tensor) -> None:
+    """It is the policy's mode that counts: a validation before the first step once switched recomputing off."""
+
+    def kept(*, recompute: bool) -> int:
+        policy = load_policy(fork.checkpoint, packing="upstream")
+        for name, parameter in policy.named_parameters():
+            parameter.requires_grad_(".lora_" in name)
+        forward = TrainingForward(policy, gradient_checkpointing=recompute)
+        forward.eval()
+        policy.train()
+        sizes: list[int] = []
+
+        def count(tensor: Tensor) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            forward(windows(pixels))
+        return sum(sizes)
+
+    assert kept(recompute=True) < 0.4 * kept(recompute=False)
