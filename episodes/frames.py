@@ -41,6 +41,20 @@ class FrameSource:
         Raises:
             EpisodeError: the stored frame is damaged; names the file and the index.
         """
+        stored = self._stored(index)
+        if self.encoding == "jpeg":
+            return self._decode_jpeg(index, stored)
+        return stored if self.encoding == "raw rgb" else np.ascontiguousarray(stored[..., ::-1])
+
+    def read_jpeg(self, index: int) -> bytes | None:
+        """The stored bytes of frame `index` where they are JPEG, unchecked, else None.
+
+        Raises:
+            EpisodeError: they cannot be read.
+        """
+        return self._stored(index).tobytes() if self.encoding == "jpeg" else None
+
+    def _stored(self, index: int) -> npt.NDArray[np.uint8]:
         try:
             never_written = missing_chunks(self.dataset, index)
             stored: npt.NDArray[np.uint8] = np.asarray(self.dataset[index])
@@ -53,9 +67,7 @@ class FrameSource:
             raise self._corrupt(index, str(error)) from error
         if never_written:
             raise self._corrupt(index, "its storage was never written")
-        if self.encoding == "jpeg":
-            return self._decode_jpeg(index, stored)
-        return stored if self.encoding == "raw rgb" else np.ascontiguousarray(stored[..., ::-1])
+        return stored
 
     def _decode_jpeg(self, index: int, stored: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         if stored.size == 0:

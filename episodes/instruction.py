@@ -25,6 +25,7 @@ InstructionSource = Literal["stored", "file name", "none"]
 _BOTTLE = "Navigate around obstacles and reach the front of the beverage bottle on the {side}"
 _BASKET = "Navigate to the gray basket on the {side}"
 SENTENCES: dict[Schema, str] = {"v1": _BOTTLE, "v5": _BASKET, "v6": _BASKET}
+_KOREAN_SIDES: dict[Side, tuple[str, ...]] = {"left": ("왼쪽", "좌측"), "right": ("오른쪽", "우측")}
 
 
 class EpisodeWarning(UserWarning):
@@ -41,6 +42,14 @@ def sides_in_name(path: Path) -> frozenset[Side]:
     words = re.split(r"[^a-z0-9]+", path.stem.lower())
     sides: tuple[Side, Side] = ("left", "right")
     return frozenset(side for side in sides if side in words)
+
+
+def sides_in_text(text: str) -> frozenset[Side]:
+    """The sides that an English or Korean text names."""
+    words = set(re.findall(r"[a-z0-9]+", text.lower()))
+    return frozenset(
+        side for side, korean in _KOREAN_SIDES.items() if side in words or any(word in text for word in korean)
+    )
 
 
 def read_stored_instruction(file: h5py.File, path: Path) -> str | None:
@@ -62,23 +71,30 @@ def read_stored_instruction(file: h5py.File, path: Path) -> str | None:
     return texts.pop() if texts else None
 
 
-def resolve_instruction(
-    stored: str | None, path: Path, schema: Schema, *, stacklevel: int
-) -> tuple[str | None, InstructionSource]:
-    """The instruction and where it comes from; warns with EpisodeWarning unless it is stored.
-
-    Args:
-        stacklevel: as for `warnings.warn`, counted from the caller of this function.
-    """
+def assume_instruction(stored: str | None, path: Path, schema: Schema) -> tuple[str | None, InstructionSource]:
+    """The instruction and where it comes from: stored, else the sentence for the one side in the file name, else none."""
     if stored is not None:
         return stored, "stored"
     sides = sides_in_name(path)
     if len(sides) == 1:
-        text = sentence(schema, next(iter(sides)))
+        return sentence(schema, next(iter(sides))), "file name"
+    return None, "none"
+
+
+def resolve_instruction(
+    stored: str | None, path: Path, schema: Schema, *, stacklevel: int
+) -> tuple[str | None, InstructionSource]:
+    """As `assume_instruction`; warns with EpisodeWarning unless it is stored.
+
+    Args:
+        stacklevel: as for `warnings.warn`, counted from the caller of this function.
+    """
+    text, source = assume_instruction(stored, path, schema)
+    if source == "file name":
         message = f"{path}: no instruction is stored; assuming {text!r} from the file name"
         warnings.warn(message, EpisodeWarning, stacklevel=stacklevel + 1)
-        return text, "file name"
-    why = "names both left and right" if sides else "names no side"
-    message = f"{path}: no instruction is stored and the file name {why}; the episode has no instruction"
-    warnings.warn(message, EpisodeWarning, stacklevel=stacklevel + 1)
-    return None, "none"
+    elif source == "none":
+        why = "names both left and right" if sides_in_name(path) else "names no side"
+        message = f"{path}: no instruction is stored and the file name {why}; the episode has no instruction"
+        warnings.warn(message, EpisodeWarning, stacklevel=stacklevel + 1)
+    return text, source

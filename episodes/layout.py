@@ -54,10 +54,16 @@ def detect_schema(file: h5py.File, path: Path) -> Schema:
     )
 
 
-def _refuse_session_log(file: h5py.File, path: Path) -> None:
+def session_log_signs(file: h5py.File) -> list[str]:
+    """What tells that an open file was recorded while a policy drove; empty for a demonstration."""
     signs = ["attribute 'runtime_config'"] if "runtime_config" in file.attrs else []
     if "grounding" in file:
         signs.append("group 'grounding'")
+    return signs
+
+
+def _refuse_session_log(file: h5py.File, path: Path) -> None:
+    signs = session_log_signs(file)
     if signs:
         raise EpisodeError(
             f"{path} is a session log, not an episode",

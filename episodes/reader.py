@@ -18,20 +18,36 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Literal, Protocol
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 
 from episodes.actions import ACTION_NAMES, read_action_classes, read_actions, read_event_types
+from episodes.attributes import frame_rate, read_attributes
 from episodes.container import open_container, reading
-from episodes.frames import FrameSource, open_frames
+from episodes.frames import open_frames
 from episodes.instruction import EpisodeWarning, InstructionSource, read_stored_instruction, resolve_instruction
-from episodes.layout import SCHEMAS, TIMESTAMPS, Schema, detect_schema
+from episodes.layout import SCHEMAS, Schema, detect_schema
+from episodes.lerobot import open_lerobot, split_name
 
 __all__ = ["Episode", "EpisodeWarning", "InstructionSource", "Schema", "open_episode"]
 
-_PLAUSIBLE_FPS = (0.1, 240.0)
+
+class _Storage(Protocol):
+    """What holds an episode; false once it is closed."""
+
+    def __bool__(self) -> bool: ...
+
+    def close(self) -> None: ...
+
+
+class _Frames(Protocol):
+    """What reads its images, by index."""
+
+    def read(self, index: int) -> npt.NDArray[np.uint8]: ...
+
+    def read_jpeg(self, index: int) -> bytes | None: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +55,8 @@ class Episode:
     """One episode, open for reading; use it as a context manager or call `close`.
 
     Attributes:
-        path: the file.
-        schema: "v1", "v5" or "v6".
+        path: the file; for an episode of a LeRobot dataset its name, FOLDER#INDEX.
+        schema: "v1", "v5" or "v6"; or "lerobot".
         actions: float32 [T, A]; action i was commanded while frame i was seen.
         action_names: names of the A columns.
         instruction: what the robot was told, or None.
@@ -52,7 +68,7 @@ class Episode:
     """
 
     path: Path
-    schema: Schema
+    schema: Schema | Literal["lerobot"]
     actions: npt.NDArray[np.float32]
     action_names: tuple[str, ...]
     instruction: str | None
@@ -61,8 +77,8 @@ class Episode:
     attributes: dict[str, object]
     event_types: tuple[str, ...] | None
     action_classes: npt.NDArray[np.int64] | None
-    _file: h5py.File = field(repr=False)
-    _frames: FrameSource = field(repr=False)
+    _file: _Storage = field(repr=False)
+    _frames: _Frames = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -81,6 +97,16 @@ class Episode:
         if not self._file:
             raise ValueError(f"episode is closed: {self.path}")
         return self._frames.read(position)
+
+    def jpeg(self, index: int) -> bytes | None:
+        """Frame `index` as the JPEG file in which it is stored, not decoded and so not checked; None where frames are stored raw.
+
+        Raises:
+            ValueError: the episode is closed.
+        """
+        if not self._file:
+            raise ValueError(f"episode is closed: {self.path}")
+        return self._frames.read_jpeg(index)
 
     def frames(self) -> Iterator[npt.NDArray[np.uint8]]:
         """All frames in order, one in memory at a time."""
@@ -104,8 +130,8 @@ def open_episode(path: str | Path, *, schema: Schema | None = None) -> Episode:
     """Open an episode and check all of it but its images.
 
     Args:
-        path: an HDF5 file.
-        schema: overrides the sniffing (see `episodes.layout` for its rule), also for a session log.
+        path: an HDF5 file, or FOLDER#INDEX, an episode of a LeRobot dataset.
+        schema: of a file; overrides the sniffing (see `episodes.layout` for its rule), also for a session log.
 
     Raises:
         EpisodeError: the file is missing, damaged, of no known schema, empty, or contradicts itself.
@@ -113,6 +139,9 @@ def open_episode(path: str | Path, *, schema: Schema | None = None) -> Episode:
     if schema is not None and schema not in SCHEMAS:
         raise ValueError(f"schema must be one of {', '.join(SCHEMAS)}, not {schema!r}")
     path = Path(path)
+    if (found := split_name(path)) is not None and schema is None:
+        folder, index = found
+        return open_lerobot(folder).episode(index)
     file = open_container(path)
     try:
         with reading(path, "its structure"):
@@ -122,8 +151,8 @@ def open_episode(path: str | Path, *, schema: Schema | None = None) -> Episode:
             event_types = read_event_types(file, path, len(frames))
             action_classes = read_action_classes(file, path, len(frames))
             stored = read_stored_instruction(file, path)
-            attributes = {str(name): _plain(file.attrs[name]) for name in file.attrs}
-            fps = _frame_rate(file, attributes, len(frames))
+            attributes = read_attributes(file)
+            fps = frame_rate(file, attributes, len(frames))
         instruction, source = resolve_instruction(stored, path, known, stacklevel=2)
     except BaseException:
         file.close()
@@ -142,31 +171,3 @@ def open_episode(path: str | Path, *, schema: Schema | None = None) -> Episode:
         _file=file,
         _frames=frames,
     )
-
-
-def _frame_rate(file: h5py.File, attributes: dict[str, object], frames: int) -> float | None:
-    """Frames per second from the attribute `fps`, else the median step of the timestamps, else frames / total_duration.
-
-    A value outside 0.1-240 fps means that the numbers are not seconds; it is passed over.
-    """
-    candidates = [attributes.get("fps")]
-    for name in TIMESTAMPS:
-        stamps = file.get(name)
-        if isinstance(stamps, h5py.Dataset) and stamps.shape == (frames,) and stamps.dtype.kind in "fiu" and frames > 1:
-            step = float(np.median(np.diff(np.asarray(stamps[()], dtype=np.float64))))
-            candidates.append(1.0 / step if step > 0 else None)
-    duration = attributes.get("total_duration")
-    candidates.append(frames / duration if isinstance(duration, (int, float)) and duration > 0 else None)
-    low, high = _PLAUSIBLE_FPS
-    return next((float(fps) for fps in candidates if isinstance(fps, (int, float)) and low <= fps <= high), None)
-
-
-def _plain(value: object) -> object:
-    """An HDF5 attribute without numpy or h5py types: str, int, float, bool, None or nested lists of these."""
-    if isinstance(value, h5py.Empty):
-        return None
-    if isinstance(value, (np.generic, np.ndarray)):
-        value = value.tolist()
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value

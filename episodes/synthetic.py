@@ -6,7 +6,6 @@ frames at the end of V5. What is in the picture comes from `scene`; this module 
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -16,14 +15,14 @@ from typing import Literal, get_args
 import h5py
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from episodes.actions import classify_actions, default_event_types
 from episodes.atomic_hdf5 import Draft, atomic_hdf5
 from episodes.instruction import Side, sentence
-from episodes.layout import ACTION_CLASSES, ACTIONS, EVENT_TYPES, IMAGES, INSTRUCTION, TIMESTAMPS
+from episodes.layout import ACTION_CLASSES, ACTIONS, EVENT_TYPES, IMAGES
 from episodes.scene import Drive, draw_frame, plan_drive
-from episodes.writer import INSTRUCTION_BYTES, write_episode, write_raw_frames
+from episodes.writer import write_episode, write_raw_frames
+from episodes.writer_v5 import write_episode_v5
 
 SyntheticSchema = Literal["v1", "v5", "v5_jpeg", "v6"]
 SYNTHETIC_SCHEMAS: tuple[SyntheticSchema, ...] = get_args(SyntheticSchema)
@@ -111,29 +110,18 @@ def write_synthetic(
             time_period="core",
             collected_at=recorded_at,
         )
+    if is_v5:
+        return write_episode_v5(
+            path,
+            recording.frames(),
+            drive.actions,
+            instruction=instruction,
+            timestamps=np.arange(length) / FPS,
+            jpeg_quality=JPEG_QUALITY if schema == "v5_jpeg" else None,
+        )
     with atomic_hdf5(path) as draft:
-        if is_v5:
-            _write_v5(draft, recording, as_jpeg=schema == "v5_jpeg")
-        else:
-            _write_v6(draft, recording, store_classes=store_classes)
+        _write_v6(draft, recording, store_classes=store_classes)
     return path
-
-
-def _write_v5(draft: Draft, recording: _Recording, *, as_jpeg: bool) -> None:
-    file, actions = draft.file, recording.drive.actions
-    if as_jpeg:
-        images = file.create_dataset(IMAGES["v5"], (len(actions),), dtype=h5py.vlen_dtype(np.uint8))
-        images.attrs["format"] = "jpeg"
-        for index, frame in enumerate(recording.frames()):
-            images[index] = np.frombuffer(encode_jpeg(frame), dtype=np.uint8)
-            draft.check()
-    else:
-        write_raw_frames(draft, IMAGES["v5"], recording.frames(), len(actions))
-    file.create_dataset(ACTIONS, data=actions)
-    file.create_dataset(TIMESTAMPS[0], data=np.arange(len(actions)) / FPS)
-    if recording.instruction is not None:
-        text = recording.instruction.encode("utf-8")
-        file.create_dataset(INSTRUCTION, data=np.array([text], dtype=f"S{INSTRUCTION_BYTES}"))
 
 
 def _write_v6(draft: Draft, recording: _Recording, *, store_classes: bool) -> None:
@@ -156,10 +144,3 @@ def _write_v6(draft: Draft, recording: _Recording, *, store_classes: bool) -> No
         cx_path=f"{recording.side}_curve",
         control_mode="manual",
     )
-
-
-def encode_jpeg(frame: npt.NDArray[np.uint8]) -> bytes:
-    """`frame` (uint8 [H, W, 3] RGB) as the bytes of a JPEG file."""
-    buffer = io.BytesIO()
-    Image.fromarray(frame).save(buffer, format="JPEG", quality=JPEG_QUALITY)
-    return buffer.getvalue()

@@ -75,7 +75,7 @@ def write_episode(
         raise EpisodeError(
             f"cannot write {path}: fps is not a rate", got=fps, expected="a number above 0", hint="pass fps=6.0."
         )
-    text = None if instruction is None else _checked_instruction(instruction, path)
+    text = None if instruction is None else check_instruction(instruction, path)
     with atomic_hdf5(path) as draft:
         write_raw_frames(draft, IMAGES["v1"], frames, len(commands))
         draft.file.create_dataset(ACTIONS, data=commands)
@@ -94,7 +94,7 @@ def write_episode(
     return path
 
 
-def write_raw_frames(draft: Draft, name: str, frames: Iterable[npt.NDArray[np.uint8]], count: int) -> None:
+def write_raw_frames(draft: Draft, name: str, frames: Iterable[object], count: int) -> None:
     """Store exactly `count` frames as gzip uint8 (count, H, W, 3), one chunk per frame, channels in the order given.
 
     Raises:
@@ -104,10 +104,10 @@ def write_raw_frames(draft: Draft, name: str, frames: Iterable[npt.NDArray[np.ui
     """
     dataset: h5py.Dataset | None = None
     written = 0
-    for frame in frames:
+    for given in frames:
         if written == count:
-            raise _frame_count_error(draft.path, f"more than {count} frames", count)
-        _check_frame(frame, written, None if dataset is None else dataset.shape[1:], draft.path)
+            raise frame_count_error(draft.path, f"more than {count} frames", count)
+        frame = check_frame(given, written, None if dataset is None else dataset.shape[1:], draft.path)
         if dataset is None:
             shape = frame.shape
             # Chunk by frame: reading frame i decompresses frame i and nothing else.
@@ -116,10 +116,11 @@ def write_raw_frames(draft: Draft, name: str, frames: Iterable[npt.NDArray[np.ui
         draft.check()
         written += 1
     if written < count:
-        raise _frame_count_error(draft.path, f"{written} frames", count)
+        raise frame_count_error(draft.path, f"{written} frames", count)
 
 
-def _frame_count_error(path: Path, got: str, count: int) -> EpisodeError:
+def frame_count_error(path: Path, got: str, count: int) -> EpisodeError:
+    """The error for `got` frames where there are `count` actions."""
     return EpisodeError(
         f"cannot write {path}: frames and actions differ in number",
         got=got,
@@ -128,7 +129,12 @@ def _frame_count_error(path: Path, got: str, count: int) -> EpisodeError:
     )
 
 
-def _check_frame(frame: object, index: int, size: tuple[int, ...] | None, path: Path) -> None:
+def check_frame(frame: object, index: int, size: tuple[int, ...] | None, path: Path) -> npt.NDArray[np.uint8]:
+    """`frame` if it is uint8 [H, W, 3] and, where one is given, of shape `size`.
+
+    Raises:
+        FrameError: it is not.
+    """
     if not isinstance(frame, np.ndarray):  # callers may be untyped
         got = type(frame).__name__
     elif (
@@ -140,7 +146,7 @@ def _check_frame(frame: object, index: int, size: tuple[int, ...] | None, path: 
     ):
         got = f"{frame.dtype} {frame.shape}"
     else:
-        return
+        return frame
     raise FrameError(
         f"cannot write {path}: frame {index} is not an image of this episode",
         got=got,
@@ -171,7 +177,12 @@ def _checked_actions(actions: npt.ArrayLike, path: Path) -> npt.NDArray[np.float
     return commands
 
 
-def _checked_instruction(instruction: str, path: Path) -> bytes:
+def check_instruction(instruction: str, path: Path) -> bytes:
+    """The bytes to store for `instruction`.
+
+    Raises:
+        EpisodeError: it is blank, too long, contains NUL or cannot be encoded.
+    """
     try:
         text = instruction.encode("utf-8")
         problem = "blank" if not instruction.strip() else "contains NUL" if b"\0" in text else f"{len(text)} bytes"

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from bundle.errors import ConfigError, EpisodeError
 from episodes.instruction import sides_in_name
-from episodes.reader import Episode, EpisodeWarning, open_episode
+from episodes.reader import Episode, EpisodeWarning
 from train.episode_files import find_files
-from train.file_hashes import hash_files
+from train.recordings import Recordings
 from train.run_config import DataConfig, Kind, SourceConfig
 
 __all__ = ["Side", "TrainingEpisode", "find_files", "read_episodes", "sides_in_text"]
@@ -40,10 +40,10 @@ class TrainingEpisode:
     """What training knows of an episode.
 
     Attributes:
-        path: the file.
+        path: the file; for an episode of a LeRobot dataset its name, FOLDER#INDEX, which `open_episode` opens.
         kind: real, sim or augmented.
-        schema: v1, v5 or v6.
-        sha256: of the file's bytes.
+        schema: v1, v5, v6 or lerobot.
+        sha256: of the file's bytes; in a LeRobot dataset, see LeRobotDataset.sha256.
         instruction: what the robot was told.
         actions: float32 [T, A], physical units as recorded; action i belongs to frame i.
         fps: frames per second, or None where the file does not tell.
@@ -64,8 +64,13 @@ class TrainingEpisode:
 
     @property
     def name(self) -> str:
-        """The file name; unique within a run."""
+        """The file name, or FOLDER#INDEX without what leads to it; unique within a run."""
         return self.path.name
+
+    @property
+    def stem(self) -> str:
+        """The name without suffix."""
+        return self.name if self.schema == "lerobot" else self.path.stem
 
     @property
     def side(self) -> Side:
@@ -106,9 +111,10 @@ def read_episodes(
     found = find_files(data.sources, root=root)
     read: list[tuple[TrainingEpisode, bool]] = []
     bad: list[EpisodeError] = []
+    recordings = Recordings()
     for path, source in found:
         try:
-            read.append(_read(path, source, data.actions))
+            read.append(_read(path, source, data.actions, recordings))
         except EpisodeError as error:
             bad.append(error)
     if bad:
@@ -116,17 +122,19 @@ def read_episodes(
     episodes = [episode for episode, _ in read]
     _refuse_mixed_schemas(episodes, [source for _, source in found], data.sources)
     _refuse_mixed_rates(episodes, data.fps)
-    hashes = hash_files([episode.path for episode in episodes], cache, progress)
+    hashes = recordings.hash([episode.path for episode in episodes], cache, progress)
     hashed = tuple(dataclasses.replace(episode, sha256=hashes[episode.path]) for episode in episodes)
     _warn(hashed, assumed=[episode for episode, was_assumed in read if was_assumed])
     return hashed
 
 
-def _read(path: Path, source: SourceConfig, names: tuple[str, ...]) -> tuple[TrainingEpisode, bool]:
+def _read(
+    path: Path, source: SourceConfig, names: tuple[str, ...], recordings: Recordings
+) -> tuple[TrainingEpisode, bool]:
     """The episode without its hash, and whether its instruction was taken from the file name."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", EpisodeWarning)  # _warn says it for all files at once
-        episode = open_episode(path, schema=source.schema)
+        episode = recordings.open(path, schema=source.schema)
     with episode:
         instruction, assumed = _instruction(episode, source)
         missing = [name for name in names if name not in episode.action_names]
@@ -224,7 +232,8 @@ def _warn(episodes: Sequence[TrainingEpisode], assumed: list[TrainingEpisode]) -
     contradicting = [
         episode.name
         for episode in episodes
-        if len(named := sides_in_name(episode.path)) == 1
+        if episode.schema != "lerobot"  # its name is that of the whole dataset
+        and len(named := sides_in_name(episode.path)) == 1
         and len(told := sides_in_text(episode.instruction)) == 1
         and named != told
     ]

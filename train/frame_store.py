@@ -1,6 +1,6 @@
 """Decoded and resized frames on disk, made once per episode file: epochs read 150 kB per frame instead of inflating 3 MB.
 
-One uncompressed `.npy` per episode, memory-mapped, named by everything that decides its content: the file's hash, the schema it was read
+One uncompressed `.npy` per episode, memory-mapped, named by everything that decides its content: the episode's hash, the schema it was read
 as (which decides the colour order), size and filter. Files appear complete or not at all; damaged ones are made again; processes that
 prepare the same store take turns, file by file. The resize is the robot's (episodes/resize.py).
 """
@@ -93,7 +93,8 @@ class FrameStore:
         header = {"descr": "|u1", "fortran_order": False, "shape": self._shape(episode)}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", EpisodeWarning)  # said when the episodes were first read
-            recording = open_episode(episode.path, schema=cast(Schema, episode.schema))
+            schema = None if episode.schema == "lerobot" else cast(Schema, episode.schema)
+            recording = open_episode(episode.path, schema=schema)
         try:
             with recording, disk_errors(path), temporary.open("wb") as file:
                 if len(recording) != len(episode):

@@ -47,9 +47,10 @@ class SourceConfig(_Strict, frozen=True):
     """Episodes of one kind.
 
     Attributes:
-        files: paths, folders or globs; relative ones start at the config's folder.
+        files: paths, folders or globs of HDF5 episodes, or folders of LeRobot v3 datasets with one camera; relative ones start at the
+            config's folder.
         kind: what they are; the run records how many frames of each kind it saw.
-        schema: of the files, where it is recognised wrongly.
+        schema: of HDF5 files, where it is recognised wrongly.
         instruction: what the robot was told, for files that do not say.
     """
 

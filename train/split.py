@@ -202,7 +202,7 @@ def _families(episodes: Sequence[TrainingEpisode]) -> dict[str, str]:
     by_content: dict[str, str] = {}
     families: dict[str, str] = {}
     for episode in ordered:
-        stem = episode.path.stem
+        stem = episode.stem
         plain = _SUFFIX.sub("", stem) or stem
         family = by_content.get(episode.sha256) or by_stem.get(plain)
         if family is None and episode.kind == "augmented":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,40 @@ def test_two_files_of_one_name(tmp_path: Path) -> None:
         find_files([SourceConfig(files=("*/1.h5",))], root=tmp_path)
 
 
-def test_a_lerobot_dataset_is_recognised(tmp_path: Path) -> None:
-    make(tmp_path, "set/meta/info.json")
-    with pytest.raises(ConfigError, match="LeRobot dataset"):
-        find_files([SourceConfig(files=("set",))], root=tmp_path)
+def make_dataset(folder: Path, episodes: int, version: str = "v3.0") -> None:
+    features = {"action": {"dtype": "float32", "shape": [2], "names": ["linear_x", "linear_y"]}}
+    info = {"codebase_version": version, "fps": 6, "total_episodes": episodes, "features": features, "data_path": "x"}
+    (folder / "meta").mkdir(parents=True)
+    (folder / "meta" / "info.json").write_text(json.dumps(info))
+
+
+def test_a_lerobot_dataset_stands_for_its_episodes(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "sets" / "a", 11)
+    make_dataset(tmp_path / "sets" / "b", 2)
+    make(tmp_path, "sets/1.h5", "sets/a/meta/2.h5", "sets/a.h5")
+    every = [f"sets/a#{number}" for number in range(11)]
+    assert found(tmp_path, "sets/a") == every
+    assert found(tmp_path, f"{tmp_path}/sets/a/") == every
+    assert found(tmp_path, "sets/*") == ["sets/1.h5", *every, "sets/a.h5", "sets/b#0", "sets/b#1"]
+    assert found(tmp_path, "sets/a#10") == ["sets/a#10"]
+    assert found(tmp_path, "sets") == ["sets/1.h5", "sets/a.h5"]  # what a folder holds are files
+
+
+def test_a_dataset_in_two_sources(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "a", 3)
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert found(tmp_path, "a", "a#1") == ["a#0", "a#1", "a#2"]
+    with pytest.raises(ConfigError, match=r"#0 belongs to two of data\.sources"):
+        find_files((SourceConfig(files=("a",)), SourceConfig(files=("link",))), root=tmp_path)
+    make_dataset(tmp_path / "other" / "a", 1)
+    with pytest.raises(ConfigError, match="two episodes are called a#0"):
+        found(tmp_path, "a", "other/a")
+
+
+def test_a_dataset_that_cannot_be_opened(tmp_path: Path) -> None:
+    make(tmp_path, "damaged/meta/info.json")
+    make_dataset(tmp_path / "old", 3, version="v2.1")
+    make_dataset(tmp_path / "empty", 0)
+    for name, message in (("damaged", "is damaged"), ("old", "another version"), ("empty", "no episodes match")):
+        with pytest.raises(ConfigError, match=message):
+            found(tmp_path, name)

@@ -1,0 +1,97 @@
+"""Reads every frame of an episode once and keeps what can be told from pixels: damage, repeats, blackness, colour by height.
+
+Colour is kept as the mean of red and of blue in horizontal bands. That is enough to tell RGB from BGR when files are compared
+(episodes/colour_order.py), because floor and background differ in red and blue and stay at their height in the picture.
+
+Judges nothing; episodes/examination.py does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from bundle.errors import EpisodeError
+
+BANDS = 8
+_BLACK = 16  # of 255; no pixel of a frame that shows something stays below it
+_STRIDE = 4  # every fourth pixel is enough for a mean
+
+
+@dataclass(frozen=True)
+class CorruptFrame:
+    """A frame that cannot be read, and why."""
+
+    index: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class FrameScan:
+    """What the frames of one episode look like.
+
+    Attributes:
+        sizes: (height, width) -> frames of that size; the most frequent first.
+        corrupt: frames that cannot be read.
+        repeated: indices of frames that equal the frame before them in every pixel.
+        black: indices of frames that show nothing.
+        bands: (mean red, mean blue), 0-255, of BANDS horizontal bands from top to bottom; black frames are left out. None where
+            no frame can be used.
+    """
+
+    sizes: dict[tuple[int, int], int]
+    corrupt: tuple[CorruptFrame, ...]
+    repeated: tuple[int, ...]
+    black: tuple[int, ...]
+    bands: tuple[tuple[float, float], ...] | None
+
+
+def scan_frames(read: Callable[[int], npt.NDArray[np.uint8]], count: int) -> FrameScan:
+    """Read frames 0 to `count` - 1, two in memory at a time.
+
+    Args:
+        read: gives frame i as uint8 [H, W, 3] RGB, or raises EpisodeError.
+    """
+    sizes: dict[tuple[int, int], int] = {}
+    corrupt: list[CorruptFrame] = []
+    repeated: list[int] = []
+    black: list[int] = []
+    profiles: list[npt.NDArray[np.float64]] = []
+    before: npt.NDArray[np.uint8] | None = None
+    for index in range(count):
+        try:
+            frame = read(index)
+        except EpisodeError as error:
+            corrupt.append(CorruptFrame(index, str(error.got)))
+            before = None
+            continue
+        height, width = frame.shape[:2]
+        sizes[height, width] = sizes.get((height, width), 0) + 1
+        if before is not None and np.array_equal(frame, before):
+            repeated.append(index)
+        before = frame
+        if int(frame.max()) < _BLACK:
+            black.append(index)
+        else:
+            profiles.append(_profile(frame))
+    return FrameScan(
+        sizes=dict(sorted(sizes.items(), key=lambda item: -item[1])),
+        corrupt=tuple(corrupt),
+        repeated=tuple(repeated),
+        black=tuple(black),
+        bands=tuple((float(red), float(blue)) for red, blue in np.mean(profiles, axis=0)) if profiles else None,
+    )
+
+
+def _profile(frame: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
+    """float64 [BANDS, 2]: mean red and blue of each band."""
+    height = frame.shape[0]
+    profile = np.empty((BANDS, 2))
+    for band in range(BANDS):
+        top = band * height // BANDS
+        bottom = max((band + 1) * height // BANDS, top + 1)
+        profile[band] = frame[top:bottom:_STRIDE, ::_STRIDE, ::2].mean(axis=(0, 1), dtype=np.float64)
+    return profile

@@ -1,0 +1,75 @@
+"""Which episodes the arguments of a command mean: files, folders, globs, and LeRobot datasets, whose episodes are FOLDER#INDEX.
+
+Looks at names only, except that a LeRobot dataset is asked how many episodes it has.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from bundle.errors import EpisodeError
+from episodes.lerobot import episode_names, is_lerobot, split_name
+
+_SUFFIXES = frozenset({".h5", ".hdf5"})
+
+
+def find_sources(arguments: Sequence[str]) -> tuple[Path, ...]:
+    """The episodes of `arguments` in natural order (`episode_2` before `episode_10`), each once.
+
+    Raises:
+        EpisodeError: an argument matches nothing, or a LeRobot dataset is damaged or not of version 3.
+    """
+    found: dict[Path, list[Path]] = {}
+    for argument in arguments:
+        for path in _matches(argument):
+            if path.resolve() not in found:
+                found[path.resolve()] = episode_names(path) if is_lerobot(path) else [path]
+    # FOLDER and FOLDER#3 may both be given.
+    return tuple(dict.fromkeys(path for paths in sorted(found.values(), key=_natural) for path in paths))
+
+
+def _matches(argument: str) -> list[Path]:
+    """Files and LeRobot folders that `argument` means."""
+    try:
+        path = Path(argument).expanduser()
+        # A name that exists is no pattern: brackets in it are brackets.
+        entries = (
+            [path]
+            if path.exists() or split_name(path) is not None
+            else list(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+        )
+    except (RuntimeError, ValueError, NotImplementedError, OSError) as error:  # ~nobody, a**b, a NUL, a name too long
+        raise EpisodeError(
+            f"{argument!r} is neither a path nor a pattern",
+            got=error,
+            expected="episode files, folders of them, globs, or LeRobot dataset folders",
+            hint="** stands for whole folders: 'recordings/**/*.h5'.",
+        ) from None
+    found: list[Path] = []
+    for entry in entries:
+        if entry == path and not entry.is_dir():
+            found.append(entry)  # what is named is meant, whatever its suffix
+        elif is_lerobot(entry):
+            found.append(entry)
+        else:
+            inside = entry.iterdir() if entry.is_dir() else (entry,)
+            found += [file for file in inside if file.suffix.lower() in _SUFFIXES and file.is_file()]
+    if not found:
+        deeper = path.is_dir() and any(file.suffix.lower() in _SUFFIXES for file in path.rglob("*"))
+        raise EpisodeError(
+            f"no episodes match {argument!r}",
+            got="nothing ending in .h5 or .hdf5" if entries else "no such file or folder",
+            expected="episode files, folders of them, globs, or LeRobot dataset folders",
+            hint=f'the files are in subfolders: pass "{argument.rstrip("/")}/**/*.h5".'
+            if deeper
+            else "check the path and that the disk with the recordings is mounted.",
+        )
+    return found
+
+
+def _natural(paths: Sequence[Path]) -> list[tuple[str, int]]:
+    """Sorts digits as numbers."""
+    parts = re.split(r"(\d+)", str(paths[0]) if paths else "")
+    return [(text, int(number or 0)) for text, number in zip(parts[::2], [*parts[1::2], ""], strict=True)]
