@@ -54,7 +54,7 @@ class DoctorConfig:
         swap_colour: exchange red and blue of all FILES while repairing.
         drop_corrupt: leave out frames at the end of an episode that cannot be read; in the middle they are always refused.
         force: replace files in --out.
-        export_lerobot: write the usable episodes (repaired ones with --repair) as a LeRobot v3 dataset into this folder.
+        export_lerobot: write the usable episodes (of files the repaired ones with --repair) as a LeRobot v3 dataset into this folder.
         timeout_s: how long examining one episode may take.
         jobs: episodes examined at a time; 0 takes one for each CPU core, at most 8.
         json: machine-readable result on stdout.
@@ -148,7 +148,7 @@ def run(config: DoctorConfig, paths: Sequence[Path], targets: dict[Path, Path], 
     usable = [path for path, episode in zip(paths, episodes, strict=True) if not episode.errors]
     if config.repair:
         repaired, refused = _repair(config, paths, episodes, targets, console)
-        usable = [file.path for file in repaired]
+        usable = [file.path for file in repaired] + [path for path in usable if split_name(path) is not None]
         failed = failed or bool(refused)
         result["repaired"] = [asdict(file) | {"path": str(file.path)} for file in repaired]
         result["not_repaired"] = [{"path": str(path), "reason": why} for path, why in refused]

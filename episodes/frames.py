@@ -15,7 +15,7 @@ from typing import Literal
 import h5py
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from bundle.errors import EpisodeError
 from episodes.container import missing_chunks, reading, require_dataset
@@ -75,6 +75,8 @@ class FrameSource:
         try:
             with Image.open(io.BytesIO(stored.tobytes()), formats=("JPEG",)) as image:
                 return np.array(image.convert("RGB"))
+        except UnidentifiedImageError as error:  # whose message is the name of a Python object
+            raise self._corrupt(index, f"{stored.size} bytes that are no JPEG image") from error
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise self._corrupt(index, f"{stored.size} bytes that are no JPEG image ({error})") from error
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from bundle.errors import EpisodeError
 from episodes.container import reading
@@ -71,7 +71,7 @@ class TableFrames:
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise EpisodeError(
                 f"{self.name}: frame {index} of {self.count} is corrupt",
-                got=error,
+                got="no image" if isinstance(error, UnidentifiedImageError) else error,
                 expected="a complete JPEG or PNG image",
                 hint="copy the dataset again; if it is like this at its source too, leave the episode out.",
             ) from error

@@ -16,30 +16,35 @@ _SUFFIXES = frozenset({".h5", ".hdf5"})
 
 
 def find_sources(arguments: Sequence[str]) -> tuple[Path, ...]:
-    """The episodes of `arguments` in natural order (`episode_2` before `episode_10`), each once.
+    """The episodes of `arguments` in natural order, each once.
 
     Raises:
         EpisodeError: an argument matches nothing, or a LeRobot dataset is damaged or not of version 3.
     """
     found: dict[Path, list[Path]] = {}
     for argument in arguments:
-        for path in _matches(argument):
+        for path in matching(argument):
             if path.resolve() not in found:
                 found[path.resolve()] = episode_names(path) if is_lerobot(path) else [path]
     # FOLDER and FOLDER#3 may both be given.
-    return tuple(dict.fromkeys(path for paths in sorted(found.values(), key=_natural) for path in paths))
+    return tuple(dict.fromkeys(path for paths in sorted(found.values(), key=_first) for path in paths))
 
 
-def _matches(argument: str) -> list[Path]:
-    """Files and LeRobot folders that `argument` means."""
+def matching(argument: str, root: Path = Path()) -> list[Path]:
+    """Files and LeRobot folders that `argument` means, unsorted.
+
+    Args:
+        root: where relative paths start.
+
+    Raises:
+        EpisodeError: there are none.
+    """
     try:
-        path = Path(argument).expanduser()
-        # A name that exists is no pattern: brackets in it are brackets.
-        entries = (
-            [path]
-            if path.exists() or split_name(path) is not None
-            else list(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
-        )
+        given = Path(argument).expanduser()
+        path = root / given
+        # The root is no pattern: brackets in its name are brackets. Nor is a name that exists.
+        base, rest = (Path(given.anchor), given.relative_to(given.anchor)) if given.is_absolute() else (root, given)
+        entries = [path] if path.exists() or split_name(path) is not None else list(base.glob(str(rest)))
     except (RuntimeError, ValueError, NotImplementedError, OSError) as error:  # ~nobody, a**b, a NUL, a name too long
         raise EpisodeError(
             f"{argument!r} is neither a path nor a pattern",
@@ -49,13 +54,10 @@ def _matches(argument: str) -> list[Path]:
         ) from None
     found: list[Path] = []
     for entry in entries:
-        if entry == path and not entry.is_dir():
+        if (entry == path and not entry.is_dir()) or is_lerobot(entry):
             found.append(entry)  # what is named is meant, whatever its suffix
-        elif is_lerobot(entry):
-            found.append(entry)
         else:
-            inside = entry.iterdir() if entry.is_dir() else (entry,)
-            found += [file for file in inside if file.suffix.lower() in _SUFFIXES and file.is_file()]
+            found += [file for file in (entry.iterdir() if entry.is_dir() else (entry,)) if _is_episode(file)]
     if not found:
         deeper = path.is_dir() and any(file.suffix.lower() in _SUFFIXES for file in path.rglob("*"))
         raise EpisodeError(
@@ -69,7 +71,16 @@ def _matches(argument: str) -> list[Path]:
     return found
 
 
-def _natural(paths: Sequence[Path]) -> list[tuple[str, int]]:
-    """Sorts digits as numbers."""
-    parts = re.split(r"(\d+)", str(paths[0]) if paths else "")
+def _is_episode(file: Path) -> bool:
+    """By its name. A link that leads nowhere is one: who opens it is to say so, rather than nobody."""
+    return file.suffix.lower() in _SUFFIXES and (file.is_file() or (file.is_symlink() and not file.exists()))
+
+
+def natural(path: Path) -> list[tuple[str, int]]:
+    """Sorts digits as numbers: `episode_2` before `episode_10`."""
+    parts = re.split(r"(\d+)", str(path))
     return [(text, int(number or 0)) for text, number in zip(parts[::2], [*parts[1::2], ""], strict=True)]
+
+
+def _first(paths: Sequence[Path]) -> list[tuple[str, int]]:
+    return natural(paths[0]) if paths else []

@@ -63,7 +63,7 @@ class BuildConfig:
         action_range: physical values of -1 and +1, if not those of the config (norm_min, norm_max).
         action_names: columns of the action, if neither recorded nor the usual ones of the head.
         classes: names of a class head's classes in order, out of Stop F B L R FL FR BL BR.
-        class_speed: linear speed of a class head's commands, in m/s.
+        class_speed: linear speed of a class head's commands, in m/s, if not the one that the checkpoint records, else 1.15.
         verify_frames: frames to compare per stream; 0 means window + 4, and window + 2 after the reset.
         verify_episode: H5 episode to take frames from; by default random pictures.
         backend: what verification runs; the runtime chooses its own when it starts.
@@ -90,7 +90,7 @@ class BuildConfig:
     action_range: tuple[float, float] | None = None
     action_names: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
-    class_speed: float = 1.15
+    class_speed: float | None = None
     verify_frames: int = 0
     verify_episode: Path | None = None
     backend: str = "ort:cpu"
@@ -122,7 +122,7 @@ class BuildConfig:
                 expected=f"at least 2, at most {_MAX_PROMPT}",
                 hint="64 is the default.",
             )
-        numbers = (*(self.action_range or ()), self.class_speed)
+        numbers = (*(self.action_range or ()), *(() if self.class_speed is None else (self.class_speed,)))
         if not all(math.isfinite(number) for number in numbers):
             raise ConfigError(
                 "action_range or class_speed is not finite",

@@ -18,6 +18,7 @@ _DIRECTIONS = {
 }  # fmt: skip
 _VELOCITIES = ("linear_x", "linear_y", "angular_z")
 _ARM = ("x", "y", "z", "roll", "pitch", "yaw")
+_USUAL_SPEED = 1.15
 _UNITS = {"linear_x": "m/s", "linear_y": "m/s", "angular_z": "rad/s", "gripper": "-1 or 1"}
 
 
@@ -28,7 +29,7 @@ def action_of(
     action_range: tuple[float, float] | None = None,
     names: tuple[str, ...] = (),
     classes: tuple[str, ...] = (),
-    class_speed: float = 1.15,
+    class_speed: float | None = None,
 ) -> Action:
     """The manifest's action part.
 
@@ -37,7 +38,7 @@ def action_of(
         action_range: physical values of -1 and +1.
         names: of the columns.
         classes: names of a class head's classes in order.
-        class_speed: linear speed of a class head's commands, in m/s.
+        class_speed: linear speed of a class head's commands, in m/s; None is that of the recordings if they are known, else the lab's.
 
     Raises:
         ConfigError: names or classes that do not fit the head, or classes that must be stated.
@@ -62,6 +63,8 @@ def action_of(
             hint="upstream's evaluation scales the gripper's 0 and 1 as well, and takes the sign of what exceeds 0.5.",
         )
     class_names = _class_names(spec, classes)
+    if class_speed is None:
+        class_speed = _USUAL_SPEED if facts is None else facts.action_maximum
     names = names or _recorded_names(spec, facts) or _default_names(spec)
     columns = 2 if spec.head.kind == "classes" else spec.head.outputs
     if len(names) != columns or len(set(names)) != columns:

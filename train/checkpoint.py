@@ -92,8 +92,10 @@ def load(
     """
     raw = read_raw(path)
     settings, config_files = _find_config(raw, config)
-    raw = _with_facts(raw, settings)
-    spec = policy_spec(settings)
+    spec, facts = policy_spec(settings), training_facts(settings)
+    raw = _with_facts(raw, facts)
+    if facts is not None and facts.prompt_template is not None:
+        spec = replace(spec, prompt_template=facts.prompt_template)
     keys = map_keys(raw.state)
     state = _unaliased(raw, keys)
     located = find_base(path, explicit=base, written=spec.base_path, state=state)
@@ -194,9 +196,8 @@ def save_small(loaded: LoadedPolicy, path: Path) -> None:
     write_small(path, own, loaded.config, recorded)
 
 
-def _with_facts(raw: RawCheckpoint, settings: Mapping[str, Any]) -> RawCheckpoint:
+def _with_facts(raw: RawCheckpoint, facts: TrainingFacts | None) -> RawCheckpoint:
     """What our trainer recorded in the config counts as recorded in the file."""
-    facts = training_facts(settings)
     if facts is None:
         return raw
     known = {"packing": facts.packing, "x_attn_causal": "true" if facts.x_attn_causal else "false"}

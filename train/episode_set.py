@@ -7,7 +7,6 @@ warning, not in one for each file.
 from __future__ import annotations
 
 import dataclasses
-import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,15 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundle.errors import ConfigError, EpisodeError
-from episodes.instruction import sides_in_name
+from episodes.instruction import sides_in_name, sides_in_text
 from episodes.reader import Episode, EpisodeWarning
 from train.episode_files import find_files
 from train.recordings import Recordings
 from train.run_config import DataConfig, Kind, SourceConfig
 
-__all__ = ["Side", "TrainingEpisode", "find_files", "read_episodes", "sides_in_text"]
+__all__ = ["Side", "TrainingEpisode", "find_files", "read_episodes"]
 
-_SIDE_WORDS: dict[str, tuple[str, ...]] = {"left": ("왼쪽", "좌측"), "right": ("오른쪽", "우측")}
 _SAME_RATE = 1.1  # a chunk of n actions means another length of time at another rate
 _LISTED = 10
 _FEWEST_FRAMES = 2
@@ -77,17 +75,10 @@ class TrainingEpisode:
         """Where it goes: by the words of the instruction, else by the sum of the lateral (or turning) actions."""
         sides = sides_in_text(self.instruction)
         if len(sides) == 1:
-            return sides.pop()
+            return next(iter(sides))
         axis = next((name for name in ("linear_y", "angular_z") if name in self.action_names), None)
         total = 0.0 if axis is None else float(self.actions[:, self.action_names.index(axis)].sum(dtype=np.float64))
         return "left" if total > 0 else "right" if total < 0 else "none"
-
-
-def sides_in_text(text: str) -> set[Side]:
-    """The sides that an English or Korean text names."""
-    words = set(re.findall(r"[a-z0-9]+", text.lower()))
-    sides: tuple[Side, Side] = ("left", "right")
-    return {side for side in sides if side in words or any(word in text for word in _SIDE_WORDS[side])}
 
 
 def read_episodes(

@@ -10,6 +10,7 @@ Exit codes: 0 ok, 1 failed, 2 usage, 3 below what --min-direction-accuracy or --
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,7 +102,11 @@ def _evaluate(config: EvaluateConfig, console: Console) -> Evaluation:
 def _missed(found: Evaluation, config: EvaluateConfig) -> list[str]:
     missed = []
     accuracy = found.measures.direction_accuracy.value
-    if config.min_direction_accuracy is not None and accuracy < config.min_direction_accuracy:
+    if config.min_direction_accuracy is not None and math.isnan(accuracy):
+        missed.append(
+            f"there is no direction accuracy without linear_x or linear_y; the axes are {', '.join(found.axes)}"
+        )
+    elif config.min_direction_accuracy is not None and accuracy < config.min_direction_accuracy:
         missed.append(f"direction accuracy {accuracy:.3f} is below {config.min_direction_accuracy}")
     for axis, rmse in zip(found.axes, found.measures.rmse, strict=True):
         if config.max_rmse is not None and rmse.value > config.max_rmse:

@@ -8,6 +8,7 @@ not listen. Knows nothing about printing.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from bundle.errors import BackendError, ConfigError, EpisodeError
 from episodes.reader import Episode, EpisodeWarning, open_episode
 from train.augmentation import other_words
 from train.episode_files import find_files
-from train.metrics import Estimate, Measures, Sums, episode_sums, measure
+from train.metrics import Estimate, Measures, Sums, episode_sums, has_directions, measure
 from train.predictors import Predictor
 from train.run_config import SourceConfig
 from train.split import read_split
@@ -63,7 +64,8 @@ class Evaluation:
         measures: over all.
         by_instruction: the same per instruction.
         horizon_rmse: float64 [n, A]: how well chunk step k foretells the action k frames later; NaN beyond the longest episode.
-        swapped: direction accuracy, and mean absolute change of the action, with left and right swapped in the words; None if not asked.
+        swapped: direction accuracy (NaN without a linear axis), and mean absolute change of the action, with left and right swapped in
+            the words; None if not asked.
     """
 
     description: str
@@ -86,7 +88,10 @@ class Evaluation:
             "horizon_rmse": [[None if np.isnan(v) else float(v) for v in row] for row in self.horizon_rmse],
             "swapped_words": None
             if self.swapped is None
-            else {"direction_accuracy": self.swapped[0], "mean_change": self.swapped[1]},
+            else {
+                "direction_accuracy": None if math.isnan(self.swapped[0]) else self.swapped[0],
+                "mean_change": self.swapped[1],
+            },
             "episode_rmse": {played.name: played.rmse for played in self.episodes},
         }
 
@@ -100,8 +105,11 @@ class Evaluation:
             "rmse": {axis: plain(value) for axis, value in zip(self.axes, found.rmse, strict=True)},
             "mae": {axis: plain(value) for axis, value in zip(self.axes, found.mae, strict=True)},
             "constant_rmse": dict(zip(self.axes, found.constant_rmse, strict=True)),
-            "direction_accuracy": plain(found.direction_accuracy),
-            "majority": {"direction": found.majority[0], "accuracy": found.majority[1]},
+            "sign_accuracy": {axis: plain(value) for axis, value in zip(self.axes, found.sign_accuracy, strict=True)},
+            "direction_accuracy": plain(found.direction_accuracy) if has_directions(self.axes) else None,
+            "majority": {"direction": found.majority[0], "accuracy": found.majority[1]}
+            if has_directions(self.axes)
+            else None,
             "directions": found.directions.tolist(),
             "sides": found.sides.tolist(),
         }
@@ -244,6 +252,7 @@ def _horizon(played: Sequence[Played]) -> NDArray[np.float64]:
 
 
 def _swapped(played: Sequence[Played], other: Sequence[Played]) -> tuple[float, float]:
-    correct = sum(int(np.trace(each.sums.directions)) for each in other)
+    directions = np.sum([each.sums.directions for each in other], axis=0)
+    accuracy = float(np.trace(directions) / directions.sum()) if directions.any() else math.nan
     change = np.concatenate([np.abs(a.predicted - b.predicted) for a, b in zip(played, other, strict=True)])
-    return correct / sum(each.sums.frames for each in other), float(change.mean())
+    return accuracy, float(change.mean())

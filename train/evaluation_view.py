@@ -15,7 +15,7 @@ from rich.text import Text
 from bundle.atomic import write_bytes
 from bundle.errors import ConfigError
 from train.evaluation import Evaluation
-from train.metrics import SIDES
+from train.metrics import SIDES, has_directions
 
 
 def render(found: Evaluation) -> Group:
@@ -30,12 +30,14 @@ def _parts(found: Evaluation) -> Iterator[RenderableType]:
     yield _axes(found)
     yield Text()
     yield _horizon(found)
-    name, share = measures.majority
-    yield Text(f"\ndirection accuracy {measures.direction_accuracy}; always saying {name} would score {share:.3f}")
+    yield Text()
+    if has_directions(found.axes):
+        name, share = measures.majority
+        yield Text(f"direction accuracy {measures.direction_accuracy}; always saying {name} would score {share:.3f}")
     if found.swapped is not None:
-        yield Text(
-            f"with left and right swapped in the words: {found.swapped[0]:.3f}; actions change by {found.swapped[1]:.3f} on average"
-        )
+        accuracy, change = found.swapped
+        named = f"direction accuracy {accuracy:.3f}; " if has_directions(found.axes) else ""
+        yield Text(f"with left and right swapped in the words: {named}actions change by {change:.3f} on average")
     if measures.sides[[0, 2]].any():
         yield Text()
         yield _sides(found)
@@ -45,11 +47,18 @@ def _parts(found: Evaluation) -> Iterator[RenderableType]:
 
 
 def _axes(found: Evaluation) -> Table:
-    table = _table("axis", "RMSE", "MAE", "RMSE of a constant")
-    for axis, unit, rmse, mae, constant in zip(
-        found.axes, found.units, found.measures.rmse, found.measures.mae, found.measures.constant_rmse, strict=True
+    measures = found.measures
+    table = _table("axis", "RMSE", "MAE", "RMSE of a constant", "right sign")
+    for axis, unit, rmse, mae, constant, sign in zip(
+        found.axes,
+        found.units,
+        measures.rmse,
+        measures.mae,
+        measures.constant_rmse,
+        measures.sign_accuracy,
+        strict=True,
     ):
-        table.add_row(f"{axis} ({unit})", str(rmse), str(mae), f"{constant:.3f}")
+        table.add_row(f"{axis} ({unit})", str(rmse), str(mae), f"{constant:.3f}", f"{sign.value:.3f}")
     return table
 
 
@@ -71,11 +80,15 @@ def _sides(found: Evaluation) -> Table:
 
 
 def _instructions(found: Evaluation) -> Table:
-    table = _table("instruction", "episodes", *(f"RMSE {axis}" for axis in found.axes), "direction")
+    directions = has_directions(found.axes)
+    table = _table(
+        "instruction", "episodes", *(f"RMSE {axis}" for axis in found.axes), *(["direction"] if directions else [])
+    )
     table.columns[0].overflow = "fold"
     for text, measures in found.by_instruction.items():
         errors = (f"{value.value:.3f}" for value in measures.rmse)
-        table.add_row(text, str(measures.episodes), *errors, f"{measures.direction_accuracy.value:.3f}")
+        accuracy = (f"{measures.direction_accuracy.value:.3f}",) if directions else ()
+        table.add_row(text, str(measures.episodes), *errors, *accuracy)
     return table
 
 

@@ -1,7 +1,8 @@
 """What a run knows about its policy that no lab checkpoint records: it travels in the checkpoint's config, under `jetvla`.
 
-Packing, masking, resize filter and scaling decide what the weights mean, and none of them can be told from the weights. A checkpoint
-that our trainer wrote says them all, so that export and evaluation need not ask. Knows nothing about where configs are stored.
+Packing, masking, resize filter, scaling and the text around the instruction decide what the weights mean, and none of them can be told
+from the weights. A checkpoint that our trainer wrote says them all, so that export and evaluation need not ask. Knows nothing about where
+configs are stored.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class TrainingFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         action_minimum, action_maximum: physical values of -1 and +1.
         fps: frames per second of the episodes, or None if no file told; the window means nothing at another cadence.
         base_sha256: hash of the base directory's weights.
+        prompt_template: text around the instruction; None in files that do not say, which have the usual one.
     """
 
     packing: Packing
@@ -38,6 +40,7 @@ class TrainingFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     action_maximum: float
     fps: float | None
     base_sha256: str
+    prompt_template: str | None = None
 
 
 def training_facts(config: Mapping[str, Any]) -> TrainingFacts | None:

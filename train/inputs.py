@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train.augmentation import Augmenter, mirror_text
+from train.augmentation import Augmenter, mirror_text, other_words
 from train.batches import Batch, BatchStream, make_batch
 from train.episode_set import TrainingEpisode
 from train.fast_forward import FrameBatch, pixels_of
@@ -46,7 +46,7 @@ class InputSource:
 
     Attributes:
         episodes: what views count into.
-        prompts: instruction -> token ids, mirrored ones included.
+        prompts: instruction -> token ids, of all that `instructions_of` gives.
         tokens: cached image tokens; None computes them from pixels.
         columns: width of the head's chunk step.
     """
@@ -120,6 +120,6 @@ def as_recorded(episode: int) -> View:
 
 
 def instructions_of(episodes: Sequence[TrainingEpisode]) -> tuple[str, ...]:
-    """Every instruction that training or validation can meet: as recorded, and mirrored; in the order of first use."""
+    """Every instruction that training or validation can meet: as recorded, mirrored, in other words; in the order of first use."""
     texts = [episode.instruction for episode in episodes]
-    return tuple(dict.fromkeys([*texts, *(mirror_text(text) for text in texts)]))
+    return tuple(dict.fromkeys([*texts, *map(mirror_text, texts), *map(other_words, texts)]))

@@ -9,12 +9,13 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -30,9 +31,13 @@ from train.proofs import trained_groups
 from train.run_config import RunConfig
 from train.run_log import RunLog
 from train.run_setup import SPLIT_NAME, Gathered, Setup, gather, prepare
-from train.run_state import STATE_NAME, load_state
+from train.run_state import resumed_state
 from train.split import save_split
 from train.trainer import Outcome, Trainer
+
+# For the first process, which hashes, resizes and encodes for all; torch's own ten minutes would end a run on many episodes. A process
+# that dies is noticed by torchrun, not by this.
+_LONGEST_WAIT = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ def launch(
     if dry_run:
         return Launch(plan, gathered.folder, None)
     if resume:
-        load_state(gathered.folder / STATE_NAME)  # before the long work: it says what is missing
+        resumed_state(gathered.folder)  # before the long work: it says what is missing
     with accelerator.main_process_first():
         setup = prepare(gathered, accelerator.device, bar)
     if not first:
@@ -120,7 +125,11 @@ def make_accelerator(config: RunConfig) -> Accelerator:
             hint="--set loop.precision=bf16",
         )
     names = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-    accelerator = Accelerator(mixed_precision=names[config.loop.precision], cpu=not gpu)
+    accelerator = Accelerator(
+        mixed_precision=names[config.loop.precision],
+        cpu=not gpu,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_LONGEST_WAIT)],
+    )
     if config.loop.accumulate % accelerator.num_processes:
         raise ConfigError(
             "loop.accumulate cannot be dealt evenly to the processes",
@@ -130,7 +139,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         )
     if not gpu:
         return_freed_memory()
-    set_seed(config.loop.seed)
+    set_seed(config.loop.seed % 2**32)  # nothing should draw from these generators; numpy's takes no other seeds
     return accelerator
 
 
@@ -158,11 +167,13 @@ def _open_ledger(
         "machine": {"device": _device(accelerator), "processes": accelerator.num_processes},
     }
     if resume:
-        step = load_state(gathered.folder / STATE_NAME)[0].step
-        return Ledger.resume(gathered.folder, **facts, from_step=step), step
-    ledger = Ledger.start(gathered.folder, **facts)
-    save_split(gathered.folder / SPLIT_NAME, split)
-    return ledger, 0
+        step = resumed_state(gathered.folder)[0].step
+        ledger = Ledger.resume(gathered.folder, **facts, from_step=step)
+    else:
+        step, ledger = 0, Ledger.start(gathered.folder, **facts)
+    if not (gathered.folder / SPLIT_NAME).exists():  # a kill may have come before it
+        save_split(gathered.folder / SPLIT_NAME, split)
+    return ledger, step
 
 
 def _device(accelerator: Accelerator) -> str:

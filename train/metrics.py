@@ -6,6 +6,7 @@ All measures are sums over frames divided by their number, so one matrix product
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from episodes.actions import CLASS_NAMES, CLASS_THRESHOLD, classify_actions
 SIDES = ("left", "none", "right")
 RESAMPLES = 2000
 _COVERAGE = (2.5, 97.5)
+_PLANE = ("linear_x", "linear_y")
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,15 @@ class Sums:
     Attributes:
         frames: T.
         squares, absolutes: float64 [A], summed over frames.
-        directions: int64 [9, 9], recorded by predicted.
+        signs: int64 [A], frames in which an axis goes the right way: up, down, or neither.
+        directions: int64 [9, 9], recorded by predicted; all zeros without a linear axis, which have no directions.
         sides: int64 [3, 3], recorded by predicted.
     """
 
     frames: int
     squares: NDArray[np.float64]
     absolutes: NDArray[np.float64]
+    signs: NDArray[np.int64]
     directions: NDArray[np.int64]
     sides: NDArray[np.int64]
 
@@ -58,8 +62,9 @@ class Measures:
         frames, episodes: numbers.
         rmse, mae: per axis, in its unit.
         constant_rmse: per axis, of the best constant prediction: the recorded standard deviation.
-        direction_accuracy: share of frames with the right one of nine directions.
-        majority: the commonest recorded direction and its share: what naming it always would score.
+        sign_accuracy: per axis, share of frames in which it goes the right way: up, down, or neither.
+        direction_accuracy: share of frames with the right one of nine directions; NaN without a linear axis.
+        majority: the commonest recorded direction and its share: what naming it always would score; NaN without a linear axis.
         directions, sides: summed confusion matrices, recorded by predicted.
     """
 
@@ -68,6 +73,7 @@ class Measures:
     rmse: tuple[Estimate, ...]
     mae: tuple[Estimate, ...]
     constant_rmse: tuple[float, ...]
+    sign_accuracy: tuple[Estimate, ...]
     direction_accuracy: Estimate
     majority: tuple[str, float]
     directions: NDArray[np.int64]
@@ -85,16 +91,18 @@ def episode_sums(
 
     Args:
         predicted, recorded: [T, A], physical units.
-        axes: names of the columns; directions are of linear_x and linear_y, a missing one counting as 0.
-        threshold: below which a component of a direction does not count.
+        axes: names of the columns; directions are of linear_x and linear_y, one that is missing counting as 0.
+        threshold: up to which a component of a direction does not count, in the axes' units.
     """
     error = predicted.astype(np.float64) - recorded
+    signs = (_signs(predicted, threshold) == _signs(recorded, threshold)).sum(axis=0)
     confusion = np.zeros((len(CLASS_NAMES), len(CLASS_NAMES)), np.int64)
-    pair = (classify_actions(planar(recorded, axes), threshold), classify_actions(planar(predicted, axes), threshold))
-    np.add.at(confusion, pair, 1)
+    if has_directions(axes):
+        pair = [classify_actions(planar(values, axes), threshold) for values in (recorded, predicted)]
+        np.add.at(confusion, tuple(pair), 1)
     lateral = [planar(values, axes)[:, 1] for values in (predicted, recorded)]
     sides = left_right_confusion(*lateral, threshold=threshold)
-    return Sums(len(error), (error**2).sum(axis=0), np.abs(error).sum(axis=0), confusion, sides)
+    return Sums(len(error), (error**2).sum(axis=0), np.abs(error).sum(axis=0), signs, confusion, sides)
 
 
 def measure(episodes: Sequence[Sums], recorded: Sequence[NDArray[np.float32]], *, seed: int = 0) -> Measures:
@@ -108,18 +116,20 @@ def measure(episodes: Sequence[Sums], recorded: Sequence[NDArray[np.float32]], *
     squares = np.stack([each.squares for each in episodes])
     absolutes = np.stack([each.absolutes for each in episodes])
     directions = np.sum([each.directions for each in episodes], axis=0)
+    signs = np.stack([each.signs for each in episodes]).astype(np.float64)
     correct = np.array([np.trace(each.directions) for each in episodes], np.float64)
     weights = _resamples(len(episodes), seed)
     by_class = directions.sum(axis=1)
-    commonest = int(by_class.argmax())
+    commonest, classified = int(by_class.argmax()), int(by_class.sum())
     return Measures(
         frames=int(frames.sum()),
         episodes=len(episodes),
         rmse=tuple(_estimate(column, frames, weights, root=True) for column in squares.T),
         mae=tuple(_estimate(column, frames, weights) for column in absolutes.T),
         constant_rmse=tuple(float(value) for value in np.concatenate(recorded).astype(np.float64).std(axis=0)),
-        direction_accuracy=_estimate(correct, frames, weights),
-        majority=(CLASS_NAMES[commonest], float(by_class[commonest] / by_class.sum())),
+        sign_accuracy=tuple(_estimate(column, frames, weights) for column in signs.T),
+        direction_accuracy=_estimate(correct, frames, weights) if classified else Estimate(math.nan),
+        majority=(CLASS_NAMES[commonest], float(by_class[commonest] / classified) if classified else math.nan),
         directions=directions,
         sides=np.sum([each.sides for each in episodes], axis=0),
     )
@@ -138,10 +148,15 @@ def left_right_confusion(
     return confusion
 
 
+def has_directions(axes: Sequence[str]) -> bool:
+    """Whether any axis moves in the plane: without one, every frame would count as a correct stop."""
+    return not set(_PLANE).isdisjoint(axes)
+
+
 def planar(actions: NDArray[np.float32], axes: Sequence[str]) -> NDArray[np.float32]:
     """linear_x and linear_y [T, 2] of actions [T, A]; an axis that is not there is 0."""
     result = np.zeros((len(actions), 2), np.float32)
-    for column, name in enumerate(("linear_x", "linear_y")):
+    for column, name in enumerate(_PLANE):
         if name in axes:
             result[:, column] = actions[:, list(axes).index(name)]
     return result
@@ -149,6 +164,11 @@ def planar(actions: NDArray[np.float32], axes: Sequence[str]) -> NDArray[np.floa
 
 def _sides(lateral: NDArray[np.float32], threshold: float) -> NDArray[np.int64]:
     return np.where(lateral > threshold, 0, np.where(lateral < -threshold, 2, 1)).astype(np.int64)
+
+
+def _signs(values: NDArray[np.float32], threshold: float) -> NDArray[np.float32]:
+    signs: NDArray[np.float32] = np.where(np.abs(values) > threshold, np.sign(values), 0).astype(np.float32)
+    return signs
 
 
 def _resamples(episodes: int, seed: int) -> NDArray[np.float64] | None:

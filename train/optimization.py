@@ -107,7 +107,7 @@ class Stepper:
         counts = self._counts(step)
         share = shard(step, accelerator.process_index, accelerator.num_processes)
         # Dropout differs between steps and processes, and is the same when a step is done again.
-        torch.manual_seed((self._seed * 1_000_003 + number) * 1024 + accelerator.process_index)
+        torch.manual_seed(((self._seed * 1_000_003 + number) * 1024 + accelerator.process_index) % 2**63)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self._config, number, steps)
         losses, errors = [], []
@@ -132,6 +132,9 @@ class Stepper:
         self._optimizer.step()
         self._optimizer.zero_grad()
         skipped = bool(getattr(self._optimizer, "step_was_skipped", False))
+        if skipped and accelerator.scaler is not None and accelerator.scaler.get_scale() < 1:
+            # The scaler has halved its scale at every step for long enough: it is not the scale that overflows.
+            raise self._not_finite("gradient", norm, number, share, [])
         return StepResult(mean, norm, error, elements, stopped, skipped)
 
     def _counts(self, step: Step) -> Counts:

@@ -30,14 +30,35 @@ _SAME_RATE = 1.2
 
 @dataclass(frozen=True)
 class Stated:
-    """What the user states about a checkpoint that does not record it; see export/build_engines.py. A bundle knows all of it."""
+    """What the user states about a checkpoint that does not record it: build_engines.py's options of the same names.
+
+    What is stated goes before what the checkpoint records, and that before the default. A bundle knows all of it.
+
+    Attributes:
+        base: Kosmos-2 directory.
+        config: RoboVLMs training JSON, if neither in the checkpoint nor beside it.
+        tokenizer: tokenizer.json, if it is not in the base directory.
+        packing: how training laid out a row.
+        x_attn_causal: the resampler was trained causal.
+        resize: filter of the training data.
+        pixel_norm: CLIP's mean and std, or none.
+        action_range: physical values of -1 and +1.
+        action_names: columns of the action.
+        classes: names of a class head's classes in order.
+        class_speed: linear speed of a class head's commands, in m/s.
+    """
 
     base: Path | None = None
+    config: Path | None = None
+    tokenizer: Path | None = None
     packing: Packing | Literal["auto"] = "auto"
+    x_attn_causal: bool | None = None
     resize: Literal["bicubic", "bilinear", "auto"] = "auto"
     pixel_norm: Literal["clip", "none", "auto"] = "auto"
     action_range: tuple[float, float] | None = None
     action_names: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+    class_speed: float | None = None
 
 
 class Predictor(Protocol):
@@ -104,26 +125,39 @@ class CheckpointPredictor:
     """The checkpoint in torch, in adapter form, fp32."""
 
     def __init__(self, path: Path, stated: Stated) -> None:
-        loaded = load(path, base=stated.base, packing=stated.packing)
+        loaded = load(
+            path, base=stated.base, config=stated.config, packing=stated.packing, x_attn_causal=stated.x_attn_causal
+        )
         facts, spec = loaded.facts, loaded.policy.spec
         _refuse_hand_camera(path, 2 if spec.hand_camera else 1)
         self._loaded = loaded
-        self._tokenizer = _tokenizer(loaded)
+        self._tokenizer = _tokenizer(loaded, stated.tokenizer)
         self._stream: ReferenceStream | None = None
         self._size = loaded.base.kosmos.vision_config.image_size
+        otherwise = "default" if facts is None else "recorded"
         self._resize: Literal["bicubic", "bilinear"]
         if stated.resize == "auto":
-            self._resize = "bicubic" if facts is None else facts.resize
+            self._resize, resize_source = "bicubic" if facts is None else facts.resize, otherwise
         else:
-            self._resize = stated.resize
-        norm = stated.pixel_norm if stated.pixel_norm != "auto" else "clip" if facts is None else facts.pixel_norm
+            self._resize, resize_source = stated.resize, "stated"
+        if stated.pixel_norm == "auto":
+            norm, norm_source = "clip" if facts is None else facts.pixel_norm, otherwise
+        else:
+            norm, norm_source = stated.pixel_norm, "stated"
         self._mean, self._std = (CLIP_MEAN, CLIP_STD) if norm == "clip" else _NO_NORM
         self._fps = None if facts is None else facts.fps
-        self.action = action_of(spec, facts, action_range=stated.action_range, names=stated.action_names)
+        self.action = action_of(
+            spec,
+            facts,
+            action_range=stated.action_range,
+            names=stated.action_names,
+            classes=stated.classes,
+            class_speed=stated.class_speed,
+        )
         conventions = loaded.policy.conventions
         self.description = (
             f"checkpoint {path.name}, fp32 in torch, packing {conventions.packing} ({conventions.packing_source}), "
-            f"resize {self._resize}, pixel norm {norm}"
+            f"resize {self._resize} ({resize_source}), pixel norm {norm} ({norm_source}), {_scale(self.action, stated, otherwise)}"
         )
 
     def reset(self, instruction: str) -> None:
@@ -147,14 +181,25 @@ class CheckpointPredictor:
             )
 
 
-def _tokenizer(loaded: LoadedPolicy) -> Path:
-    found = loaded.base.tokenizer
-    if found is None:
+def _scale(action: Action, stated: Stated, otherwise: str) -> str:
+    """What turns the head's numbers into commands, and who says so; a range that is not stated stands in the training config."""
+    if action.head == "classes":
+        speed = max(abs(part) for row in action.class_values for part in row)
+        return f"class speed {speed:g} ({otherwise if stated.class_speed is None else 'stated'})"
+    if not action.normalized:
+        return "actions not scaled (config)"
+    source = "config" if stated.action_range is None else "stated"
+    return f"action range {action.minimum:g} to {action.maximum:g} ({source})"
+
+
+def _tokenizer(loaded: LoadedPolicy, stated: Path | None) -> Path:
+    found = stated or loaded.base.tokenizer
+    if found is None or not found.exists():
         raise ConfigError(
-            "the base model has no tokenizer.json",
-            got=str(loaded.base.folder),
-            expected="a Kosmos-2 directory with tokenizer.json",
-            hint="pass it with --base DIR.",
+            f"{stated} does not exist" if stated else "the base model has no tokenizer.json",
+            got=None if stated else str(loaded.base.folder),
+            expected="a tokenizer.json",
+            hint="pass it with --tokenizer FILE, or a Kosmos-2 directory that has one with --base DIR.",
         )
     return found
 

@@ -6,6 +6,7 @@ tokenizer of the Kosmos-2 directory. Everything downstream (hashes, small checkp
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from train.checkpoint import LoadedPolicy, load
 from train.keys import lora_modules
 
 _NAME_DIGITS = 16
+_COPIED = ("config.json", "tokenizer.json")
 
 
 def robovlms_base(weights: Path, model: Path, folder: Path) -> Path:
@@ -33,19 +35,29 @@ def robovlms_base(weights: Path, model: Path, folder: Path) -> Path:
         CheckpointError, ConfigError: the checkpoint cannot be read strictly.
         StorageError: the disk is full.
     """
-    target = folder / f"{weights.stem}-{sha256_file(weights)[:_NAME_DIGITS]}"
+    target = folder / f"{weights.stem}-{_key(weights, model)[:_NAME_DIGITS]}"
     if (target / "model.safetensors").exists():
         return target
     # Packing concerns rows, not weights.
     loaded = load(weights, base=model, packing="upstream", x_attn_causal=False)
     with disk_errors(target):
         folder.mkdir(parents=True, exist_ok=True)
-        with exclusive(target), staged_directory(target) as staging:
-            for name in ("config.json", "tokenizer.json"):
-                if (model / name).exists():
-                    shutil.copyfile(model / name, staging / name)
-            save_file(_merged(loaded), staging / "model.safetensors", {"format": "pt"})
+        with exclusive(target):
+            if (target / "model.safetensors").exists():  # another process has made it meanwhile
+                return target
+            with staged_directory(target) as staging:
+                for name in _COPIED:
+                    if (model / name).exists():
+                        shutil.copyfile(model / name, staging / name)
+                save_file(_merged(loaded), staging / "model.safetensors", {"format": "pt"})
     return target
+
+
+def _key(weights: Path, model: Path) -> str:
+    """Hash of all that decides the directory's content; weights of `model` fill in what a checkpoint leaves out."""
+    files = [weights, *(model / name for name in _COPIED), *sorted(model.glob("model*.safetensors"))]
+    hashes = [sha256_file(path) if path.exists() else "" for path in files]
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
 def _merged(loaded: LoadedPolicy) -> dict[str, Tensor]:

@@ -17,11 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bundle.atomic import disk_errors, publish_file
 from bundle.errors import StorageError
 from train.checkpoint_file import small_metadata
 from train.facts import SECTION, TrainingFacts
 from train.keys import canonical
+from train.large_files import replacing
 from train.policy import KosmosPolicy
 from train.robovlms_layout import layout_keys
 from train.robovlms_record import RobovlmsRun, robovlms_config
@@ -52,6 +52,7 @@ def checkpoint_config(run: RunConfig, policy: KosmosPolicy, facts: TrainingFacts
         "train_setup.gradient_checkpointing": model.gradient_checkpointing,
         "trainer.max_epochs": run.loop.epochs,
         "trainer.accumulate_grad_batches": run.loop.accumulate,
+        "image_size": spec.image_size,
         "norm_action": spec.normalized,
         SECTION: msgspec.to_builtins(facts),
     }
@@ -89,18 +90,13 @@ def save_policy(path: Path, policy: KosmosPolicy, config: dict[str, Any], facts:
         "x_attn_causal": "true" if facts.x_attn_causal else "false",
     }
     state = {name: tensor.cpu().contiguous() for name, tensor in trained_state(policy).items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with disk_errors(path):
-            try:
-                save_file(state, temporary, small_metadata(config, recorded))
-                temporary.chmod(0o666 & ~_umask())  # the library makes files that nobody else may read
-            except SafetensorError as error:
-                # The library wraps the system's refusal of a write in an error of its own.
-                raise _refused(path, error) from None
-        publish_file(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        try:
+            save_file(state, temporary, small_metadata(config, recorded))
+            temporary.chmod(0o666 & ~_umask())  # the library makes files that nobody else may read
+        except SafetensorError as error:
+            # The library wraps the system's refusal of a write in an error of its own.
+            raise _refused(path, error) from None
 
 
 def _umask() -> int:
@@ -142,17 +138,12 @@ def save_torch(path: Path, records: object) -> None:
     Raises:
         StorageError: the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with disk_errors(path), temporary.open("wb") as file:
-            try:
-                torch.save(records, file)
-            except RuntimeError as error:
-                # torch reports a failed write as a defect of its archive and hides what the system said.
-                raise _refused(path, error) from None
-        publish_file(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        try:
+            torch.save(records, file)
+        except RuntimeError as error:
+            # torch reports a failed write as a defect of its archive and hides what the system said.
+            raise _refused(path, error) from None
 
 
 def _refused(path: Path, error: Exception) -> StorageError:

@@ -10,7 +10,7 @@ import csv
 import io
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -47,9 +47,10 @@ class RunLog:
         self.console = console
         self._path = folder / STEPS_NAME
         _cut(self._path, step)
-        self._file = self._path.open("a", newline="")
+        with disk_errors(self._path):
+            self._file = self._path.open("a", newline="")
+            self._board: Any = _board(folder / "tensorboard", step) if tensorboard else None
         self._rows = csv.writer(self._file)
-        self._board: Any = _board(folder / "tensorboard", step) if tensorboard else None
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
@@ -99,10 +100,15 @@ class RunLog:
             self._progress.update(self._task, advance=1, shown=shown)
 
     def scalars(self, number: int, values: dict[str, float]) -> None:
-        """Numbers for TensorBoard at step `number`."""
+        """Numbers for TensorBoard at step `number`.
+
+        Raises:
+            StorageError: the disk is full.
+        """
         if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, number)
+            with disk_errors(self._path):
+                for name, value in values.items():
+                    self._board.add_scalar(name, value, number)
 
     @contextmanager
     def bar(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -122,9 +128,13 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        # What a full disk refused is tried again here; if that is why we leave, the error has been raised already.
+        with disk_errors(self._path), suppress(*([OSError] if error is not None else [])):
+            try:
+                self._file.close()
+            finally:
+                if self._board is not None:
+                    self._board.close()
 
 
 def read_steps(folder: Path) -> list[dict[str, float]]:

@@ -63,7 +63,7 @@ class Gathered:
         train, val: the episodes of both parts.
         split: the same by name.
         action_range: physical values of -1 and +1.
-        prompts: instruction -> token ids, mirrored ones included.
+        prompts: instruction -> token ids, of all that `instructions_of` gives.
         store: of resized frames.
         cache: folder of everything that later runs can use again.
     """
@@ -210,7 +210,7 @@ def prepare(gathered: Gathered, device: torch.device, bar: Bar = no_bar) -> Setu
             for episodes, kinds in parts:
                 cache.prepare(episodes, kinds, advance)
     facts = facts_of(gathered)
-    relative = os.path.relpath(gathered.base, gathered.folder / "checkpoints")
+    relative = _relative(gathered.base, gathered.folder / "checkpoints")
     return Setup(
         config=config,
         folder=gathered.folder,
@@ -223,6 +223,12 @@ def prepare(gathered: Gathered, device: torch.device, bar: Bar = no_bar) -> Setu
         steps_per_epoch=gathered.steps_per_epoch,
         steps=gathered.steps,
     )
+
+
+def _relative(base: Path, folder: Path) -> str:
+    """The base as seen from a folder. Links on the way are followed first, as `..` leads out of where a link points to; the directory
+    keeps its name, by which it is looked for where the path leads nowhere."""
+    return os.path.relpath(base.parent.resolve() / base.name, folder.resolve())
 
 
 def facts_of(gathered: Gathered) -> TrainingFacts:
@@ -239,6 +245,7 @@ def facts_of(gathered: Gathered) -> TrainingFacts:
         action_maximum=gathered.action_range[1],
         fps=data.fps or (float(np.median(rates)) if rates else None),
         base_sha256=gathered.base_sha256,
+        prompt_template=data.prompt_template,
     )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bundle.errors import CheckpointError
+from train.ledger_record import read_run
 from train.run_checkpoints import save_torch
 
 STATE_NAME = "state.pt"
@@ -63,6 +64,20 @@ def save_state(
     save_torch(path, records)
 
 
+def resumed_state(folder: Path) -> tuple[RunState, dict[str, Any] | None]:
+    """Where the run in a folder goes on: its state, or the beginning (and None) where it died before it could save one.
+
+    Raises:
+        CheckpointError: the state is missing although the run had saved one, or as load_state.
+        ConfigError: there is no run.
+    """
+    record = read_run(folder)
+    begun = bool(record.checkpoints) or any(epoch.step > 0 for epoch in record.epochs)
+    if not begun and not (folder / STATE_NAME).exists():
+        return RunState(), None
+    return load_state(folder / STATE_NAME)
+
+
 def load_state(path: Path) -> tuple[RunState, dict[str, Any]]:
     """The state, and the rest of the file (trained, optimizer, scaler).
 
@@ -83,7 +98,7 @@ def load_state(path: Path) -> tuple[RunState, dict[str, Any]]:
         raise CheckpointError(
             f"there is nothing to resume: no {path}",
             expected="the state file of a run that has begun",
-            hint="start it without --resume.",
+            hint="without its state a run cannot go on: put the file back, or start a new run under another name.",
         ) from None
     except (
         OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError, AssertionError, struct.error,
@@ -93,5 +108,5 @@ def load_state(path: Path) -> tuple[RunState, dict[str, Any]]:
             f"{path} is damaged, or was written by another version",
             got=str(error).splitlines()[0] if str(error) else type(error).__name__,
             expected=_FORMAT,
-            hint="the checkpoints of the run are intact: start a new run from one, or this one again without --resume.",
+            hint="the checkpoints of the run are intact, but it cannot go on: start a new run under another name.",
         ) from None

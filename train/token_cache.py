@@ -1,25 +1,27 @@
 """Image tokens of episodes, computed once: where nothing that trains reaches the vision tower, they never change.
 
-One file per episode and orientation, float32 [T, N, D], named by everything that decides its content: base weights, preprocessing, the
-episode's bytes and schema (its colour order), and whether it is mirrored. Half a megabyte per frame for the real Kosmos-2.
+One file per episode and orientation, float32 [T, N, D], named by everything that decides its content: base weights and the code that
+computes with them, preprocessing, the episode's bytes and schema (its colour order), and whether it is mirrored. Always computed in fp32,
+whatever the run's precision. Half a megabyte per frame for the real Kosmos-2.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
 
-from bundle.atomic import disk_errors, publish_file
+from bundle.atomic import disk_errors
 from train.augmentation import mirror_frame
 from train.episode_set import TrainingEpisode
 from train.fast_forward import pixels_of
 from train.frame_store import FrameStore
+from train.large_files import replacing
 from train.policy import KosmosPolicy
 
 _AT_ONCE = 8  # frames per forward pass
@@ -43,7 +45,7 @@ class TokenCache:
         self._policy = policy
         self._store = store
         self._pixel_norm = pixel_norm
-        self._prefix = f"{base_sha256} {pixel_norm} {store.size} {store.resize}"
+        self._prefix = f"{base_sha256} {_code_of(policy)} {pixel_norm} {store.size} {store.resize}"
 
     def tokens(self, episode: TrainingEpisode, *, mirrored: bool) -> NDArray[np.float32]:
         """Memory-mapped float32 [T, N, D].
@@ -90,18 +92,22 @@ class TokenCache:
             if mirrored:
                 chunk = np.stack([mirror_frame(frame) for frame in chunk])
             parts.append(self._policy.image_tokens(pixels_of(chunk, self._pixel_norm, device)).cpu().numpy())
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with disk_errors(path):
-                self._folder.mkdir(parents=True, exist_ok=True)
-                with temporary.open("wb") as file:
-                    # Through `write`: numpy's own `tofile` hides what the system said of a full disk.
-                    array = np.ascontiguousarray(np.concatenate(parts), dtype=np.float32)
-                    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-                    file.write(array.data.cast("B"))
-            publish_file(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with disk_errors(path):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            # Through `write`: numpy's own `tofile` hides what the system said of a full disk.
+            array = np.ascontiguousarray(np.concatenate(parts), dtype=np.float32)
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+            file.write(array.data.cast("B"))
+
+
+def _code_of(policy: KosmosPolicy) -> str:
+    """What decides image tokens beside the weights: dimensions that no tensor shows, and the library that computes with them."""
+    vision, text = policy.kosmos.vision_config, policy.kosmos.text_config
+    return (
+        f"transformers {transformers.__version__} {vision.hidden_act} {vision.layer_norm_eps} "
+        f"{vision.num_attention_heads} {text.attention_heads}"
+    )
 
 
 def _open(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32] | None:

@@ -2,8 +2,9 @@
 
 Accelerate moves tensors, wraps for several processes, scales losses and sums over processes; what is ours is the order of things. After
 any kill the run goes on exactly: order, augmentation and dropout are functions of (seed, epoch, step), and the state on disk is only ever
-replaced whole. At the end of an epoch comes validation, then the checkpoint, then the ledger, then the state: whatever a kill leaves
-undone of these is done again, with the same numbers.
+replaced whole. At the end of an epoch comes validation, then the checkpoint, then the ledger, then the state, and only then are checkpoints
+deleted that are no longer among the best: whatever a kill leaves undone of these is done again, with the same numbers, and what the state
+names is always there.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from bundle.atomic import write_bytes
+from bundle.atomic import disk_errors, write_bytes
 from bundle.errors import TrainingError
 from train.fast_forward import TrainingForward, check_forward, pixels_of
 from train.keys import canonical
@@ -35,7 +36,7 @@ from train.proofs import check_frozen, frozen_sha256
 from train.run_checkpoints import save_lightning, save_policy, trained_state
 from train.run_log import RunLog
 from train.run_setup import Setup
-from train.run_state import STATE_NAME, RunState, load_state, save_state
+from train.run_state import STATE_NAME, RunState, resumed_state, save_state
 from train.sampling import Step, epoch_plan, shard
 from train.trainable import training_mode
 from train.validation import Validation, Validator
@@ -111,6 +112,7 @@ class Trainer:
                     self._before()
                 while not self._state.finished and not self._stop:
                     self._epoch()
+                self._delete_surpassed()
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 raise explain_out_of_memory(error, self._config) from error
@@ -147,7 +149,7 @@ class Trainer:
                 break
             if time.monotonic() - self._last_saved > 60 * config.loop.save_minutes:
                 self._save_state()
-        if self._stop and state.done < len(plan):
+        if self._stop and state.done < len(plan) and not self._is_last_step():
             self._pause()
         else:
             self._end_epoch()
@@ -188,42 +190,51 @@ class Trainer:
             self._save_lightning()
         state.epoch, state.done, state.seconds, state.loss_sum, state.finished = state.epoch + 1, 0, 0.0, 0.0, ended
         self._save_state()
+        self._delete_surpassed()
 
     def _keep(self, name: str, loss: float) -> None:
         """Write the epoch's checkpoint: always as the last, and among the best if it is one."""
         state, folder = self._state, self._folder / CHECKPOINTS
         ranked = sorted([(kept, old) for kept, old in state.best if old != name] + [(loss, name)])
-        keep, drop = ranked[: self._config.loop.keep_best], ranked[self._config.loop.keep_best :]
-        state.best = keep
+        state.best = ranked[: self._config.loop.keep_best]
         if self._ledger is None:
             return
-        folder.mkdir(exist_ok=True)
+        with disk_errors(folder):
+            folder.mkdir(exist_ok=True)
         files: list[tuple[CheckpointKind, str]] = [("last", LAST_NAME)]
-        if (loss, name) in keep:
+        if (loss, name) in state.best:
             files.append(("best", name))
         for kind, file in files:
             save_policy(folder / file, self._setup.policy, self._setup.checkpoint_config, self._setup.facts)
             self._ledger.checkpoint(folder / file, kind=kind, epoch=state.epoch + 1, step=state.step, val_loss=loss)
-        for _, old in drop:
-            if (folder / old).exists():
+
+    def _delete_surpassed(self) -> None:
+        """Delete what is no longer among the best. Not before the state says so: an epoch that is done again on a GPU may end otherwise."""
+        if self._ledger is None:
+            return
+        kept = {f"{CHECKPOINTS}/{name}" for _, name in self._state.best}
+        for entry in self._ledger.record.checkpoints:
+            path = self._folder / entry.file
+            if entry.kind == "best" and entry.file not in kept and path.exists():
                 # In this order: a ledger that names a missing file would be a lie, a file that it no longer names is not.
-                self._ledger.removed(folder / old)
-                (folder / old).unlink()
+                if not entry.removed:
+                    self._ledger.removed(path)
+                path.unlink()
 
     def _pause(self) -> None:
         """Stopped within an epoch: the state to go on from, and a checkpoint to look at."""
         self._save_state()
         if self._ledger is not None:
-            folder = self._folder / CHECKPOINTS
-            folder.mkdir(exist_ok=True)
-            path = folder / LAST_NAME
+            path = self._folder / CHECKPOINTS / LAST_NAME
+            with disk_errors(path):
+                path.parent.mkdir(exist_ok=True)
             save_policy(path, self._setup.policy, self._setup.checkpoint_config, self._setup.facts)
             self._ledger.checkpoint(
                 path, kind="last", epoch=self._state.epoch + 1, step=self._state.step, val_loss=None
             )
 
     def _save_lightning(self) -> None:
-        """The best epoch's policy, or the last one's if it is the best, in RoboVLMs' layout."""
+        """The policy as it is at the end, in RoboVLMs' layout."""
         if self._ledger is None:
             return
         path = self._folder / CHECKPOINTS / "last.ckpt"
@@ -235,6 +246,7 @@ class Trainer:
         )
 
     def _save_state(self) -> None:
+        """By the first process alone. No process waits for it: each looks at a clock of its own, so they would wait at different steps."""
         self._last_saved = time.monotonic()
         if self._accelerator.is_main_process:
             scaler = self._accelerator.scaler
@@ -245,10 +257,11 @@ class Trainer:
                 optimizer=self._optimizer.state_dict(),
                 scaler=None if scaler is None else scaler.state_dict(),
             )
-        self._accelerator.wait_for_everyone()
 
     def _load(self) -> None:
-        self._state, records = load_state(self._folder / STATE_NAME)
+        self._state, records = resumed_state(self._folder)
+        if records is None:
+            return
         own = {canonical(name): p for name, p in self._setup.policy.named_parameters() if p.requires_grad}
         stored: dict[str, Tensor] = records["trained"]
         if {name: tensor.shape for name, tensor in stored.items()} != {name: p.shape for name, p in own.items()}:
@@ -305,18 +318,7 @@ class Trainer:
 
     def _print_validation(self, label: str, found: Validation) -> None:
         assert self._log is not None
-        errors = " ".join(f"{axis} {value:.3f}" for axis, value in found.rmse.items())
-        sides = ""
-        if found.left_right is not None:
-            wrong = int(found.left_right[0, 2] + found.left_right[2, 0])
-            sides = f"  left/right swapped {wrong} of {int(found.left_right[[0, 2]].sum())}"
-        self._log.console.print(
-            f"{label} validation loss {found.loss:.4f}"
-            + (f"  RMSE {errors}" if errors else "")
-            + f"  direction {found.direction_accuracy:.0%} (majority {found.majority:.0%}){sides}"
-            + f"  instruction sensitivity {found.sensitivity:.2g}  feature drift {found.drift:.2g}",
-            soft_wrap=True,
-        )
+        self._log.console.print(f"{label} {found.line()}", soft_wrap=True)
 
     def _is_last_step(self) -> bool:
         return 0 < self._config.loop.max_steps <= self._state.step

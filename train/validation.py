@@ -7,6 +7,7 @@ feature drift (how far have features of probe frames moved since step 0?). Episo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -24,7 +25,7 @@ from train.batches import classes_of
 from train.fast_forward import FrameBatch, TrainingForward
 from train.inputs import InputSource, as_recorded
 from train.losses import Counts, LossSpec, loss_counts, loss_terms, total_loss
-from train.metrics import left_right_confusion
+from train.metrics import has_directions, left_right_confusion
 from train.sampling import Window
 from train.windows import window_starts
 
@@ -39,10 +40,11 @@ class Validation:
     Attributes:
         loss: masked mean over all windows.
         rmse: per recorded axis, physical units; empty for class heads.
-        direction_accuracy: share of frames with the right one of nine directions.
-        majority: the share that always naming the commonest direction would have.
+        direction_accuracy: share of frames with the right one of nine directions; not a number without a linear axis.
+        majority: the share that always naming the commonest direction would have; not a number without a linear axis.
         left_right: int64 [3, 3], recorded (left, none, right) by predicted; None where nothing moves sideways.
-        sensitivity: mean absolute change of the action for now (head's units) when the instruction's words change.
+        sensitivity: mean absolute change of the action for now (head's units) when the instruction's words change; not a number where no
+            prompt has words to change.
         sensitivity_largest: the largest such change; zero means that words do not reach the action at all.
         drift: mean cosine distance of probe features to those of step 0.
     """
@@ -59,14 +61,33 @@ class Validation:
     def metrics(self) -> dict[str, float]:
         """Flat numbers for ledgers and plots."""
         named = {f"val_rmse_{axis}": value for axis, value in self.rmse.items()}
+        if not math.isnan(self.majority):
+            named |= {"val_direction_accuracy": self.direction_accuracy, "val_majority_accuracy": self.majority}
         return {
             "val_loss": self.loss,
             **named,
-            "val_direction_accuracy": self.direction_accuracy,
-            "val_majority_accuracy": self.majority,
             "instruction_sensitivity": self.sensitivity,
             "feature_drift": self.drift,
         }
+
+    def line(self) -> str:
+        """The same for people."""
+        errors = " ".join(f"{axis} {value:.3f}" for axis, value in self.rmse.items())
+        sides = ""
+        if self.left_right is not None:
+            wrong = int(self.left_right[0, 2] + self.left_right[2, 0])
+            sides = f"  left/right swapped {wrong} of {int(self.left_right[[0, 2]].sum())}"
+        return (
+            f"validation loss {self.loss:.4f}"
+            + (f"  RMSE {errors}" if errors else "")
+            + (
+                ""
+                if math.isnan(self.majority)
+                else f"  direction {self.direction_accuracy:.0%} (majority {self.majority:.0%})"
+            )
+            + sides
+            + f"  instruction sensitivity {self.sensitivity:.2g}  feature drift {self.drift:.2g}"
+        )
 
 
 @dataclass
@@ -112,7 +133,8 @@ class Validator:
         """Validate; `advance` is called after each episode of this process.
 
         Raises:
-            TrainingError: the words of the instruction do not change the action although the packing shows them.
+            TrainingError: the words of the instruction do not change the action although the packing shows them, or the loss is not
+                finite.
         """
         modes = [(module, module.training) for module in self._forward.modules()]
         self._forward.eval()
@@ -154,9 +176,10 @@ class Validator:
         own.recorded.append(episode.actions)
         own.classes.append(classes_of(episode.actions, source.data.actions))
         if index < _PROBES:
-            other = self._features(self._reworded(frames, episode.instruction))
-            changed = self._forward.chunks(other, frames.frame_of).float()
-            own.changes.append((_as_deployed(changed[:, :, 0], len(episode)) - now).abs().cpu().numpy())
+            reworded = self._reworded(frames, episode.instruction)
+            if reworded is not None:
+                changed = self._forward.chunks(self._features(reworded), frames.frame_of).float()
+                own.changes.append((_as_deployed(changed[:, :, 0], len(episode)) - now).abs().cpu().numpy())
             before = self.initial[episode.name].to(features.device)
             own.drift.append(float(1 - functional.cosine_similarity(features.float(), before, dim=-1).mean()))
 
@@ -173,9 +196,14 @@ class Validator:
             )
         return torch.cat(parts)
 
-    def _reworded(self, frames: FrameBatch, instruction: str) -> FrameBatch:
-        """The same frames under the instruction with left and right swapped."""
-        prompt = self._source.prompts[other_words(instruction)].to(frames.prompt_of.device)
+    def _reworded(self, frames: FrameBatch, instruction: str) -> FrameBatch | None:
+        """The same frames under other words (see `other_words`); None where the prompt has too few to say anything else."""
+        own, other = (self._source.prompts[text] for text in (instruction, other_words(instruction)))
+        if torch.equal(own, other):  # to a tokenizer that knows none of the words; what it made of them backwards, then
+            other = torch.cat([own[:1], own[1:-1].flip(0), own[-1:]])
+        if torch.equal(own, other):
+            return None
+        prompt = other.to(frames.prompt_of.device)
         return FrameBatch(frames.pixels, frames.tokens, (prompt,), torch.zeros_like(frames.prompt_of), frames.frame_of)
 
     @torch.no_grad()
@@ -185,7 +213,8 @@ class Validator:
         for index, episode in enumerate(self._source.episodes[:_PROBES]):
             starts = window_starts(len(episode), self._source.data.window)
             batch = self._source.batch([Window(as_recorded(index), start) for start in starts])
-            found[episode.name] = self._features(self._source.frames(batch)).float().cpu()
+            with self._accelerator.autocast():  # as in `run`, or rounding would pass for drift
+                found[episode.name] = self._features(self._source.frames(batch)).float().cpu()
         return found
 
     def _summary(self, shares: list[_Share]) -> Validation:
@@ -194,7 +223,9 @@ class Validator:
         terms = {name: torch.tensor(sum(share.numerators.get(name, 0.0) for share in shares)) for name in names}
         recorded = np.concatenate([part for share in shares for part in share.recorded])
         classes = np.concatenate([part for share in shares for part in share.classes])
-        changes = [part for share in shares for part in share.changes]
+        changes = np.concatenate(
+            [part.ravel() for share in shares for part in share.changes] or [np.empty(0, np.float32)]
+        )
         rmse: dict[str, float] = {}
         confusion = None
         if self._spec.kind == "classes":
@@ -207,20 +238,28 @@ class Validator:
             if "linear_y" in self._source.data.actions:
                 column = self._source.data.actions.index("linear_y")
                 confusion = left_right_confusion(predicted[:, column], recorded[:, column])
+        directions = has_directions(self._source.data.actions)
         return Validation(
             loss=float(total_loss(self._spec, terms, counts)),
             rmse=rmse,
-            direction_accuracy=float(np.mean(named == classes)),
-            majority=float(np.bincount(classes).max() / len(classes)),
+            direction_accuracy=float(np.mean(named == classes)) if directions else math.nan,
+            majority=float(np.bincount(classes).max() / len(classes)) if directions else math.nan,
             left_right=confusion,
-            sensitivity=float(np.mean(np.concatenate([part.ravel() for part in changes]))),
-            sensitivity_largest=float(max(part.max() for part in changes)),
+            sensitivity=float(changes.mean()) if len(changes) else math.nan,
+            sensitivity_largest=float(changes.max()) if len(changes) else math.nan,
             drift=float(np.mean([value for share in shares for value in share.drift])),
         )
 
     def _check(self, result: Validation) -> Validation:
+        if not math.isfinite(result.loss):
+            raise TrainingError(
+                "the validation loss is not finite",
+                got=result.loss,
+                expected="a finite number",
+                hint="the last checkpoint is good. Lower optimizer.learning_rate, set optimizer.clip_norm = 1, or train in fp32.",
+            )
         visible = self._forward.policy.conventions.packing == "upstream"
-        if visible and not result.sensitivity_largest > 0:
+        if visible and result.sensitivity_largest == 0:
             raise TrainingError(
                 "the words of the instruction do not reach the action",
                 got="not one predicted action changes when left and right are swapped in the text",

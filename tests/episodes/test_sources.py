@@ -48,6 +48,13 @@ def test_each_file_once(folder):
     assert names(folder / "e2.h5", folder / "*.h5", folder) == ["e1.HDF5", "e2.h5", "e10.h5"]
 
 
+def test_a_link_that_leads_nowhere_is_not_passed_over(folder):
+    """An episode on a disk that is not mounted must not be missing from a report without a word."""
+    (folder / "e3.h5").symlink_to(folder / "gone" / "e3.h5")
+    assert names(folder) == ["e1.HDF5", "e2.h5", "e3.h5", "e10.h5"]
+    assert "e3.h5" in names(folder / "*.h5")
+
+
 def test_brackets_in_an_existing_name_are_no_pattern(tmp_path):
     (tmp_path / "set[1]").mkdir()
     (tmp_path / "set[1]" / "e.h5").touch()

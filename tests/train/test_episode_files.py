@@ -75,15 +75,15 @@ def test_sources_keep_their_order_and_their_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("pattern", "hint"),
     [
-        ("nothing/*.h5", "relative paths start at the config's folder"),
-        ("texts", "relative paths start at"),
-        ("missing.h5", "check that the disk is mounted"),
-        ("outer", r'write "outer/\*\*/\*\.h5"'),
+        ("nothing/*.h5", "Relative paths start at the config's folder"),
+        ("texts", "Relative paths start at"),
+        ("missing.h5", "check the path and that the disk"),
+        ("outer", r'pass "outer/\*\*/\*\.h5"'),
     ],
 )
 def test_a_pattern_without_episodes_is_named(tmp_path: Path, pattern: str, hint: str) -> None:
     make(tmp_path, "texts/readme.txt", "outer/inner/1.h5", "1.h5")
-    with pytest.raises(ConfigError, match=rf"no episodes match `{pattern.replace('*', '[*]')}`(.|\n)*{hint}"):
+    with pytest.raises(ConfigError, match=rf"no episodes match '{pattern.replace('*', '[*]')}'(.|\n)*{hint}"):
         find_files([SourceConfig(files=("1.h5", pattern))], root=tmp_path)
 
 

@@ -12,9 +12,10 @@ from numpy.testing import assert_allclose
 
 from bundle.errors import ConfigError, EpisodeError
 from bundle.hashing import sha256_file
+from episodes.instruction import sides_in_text
 from episodes.reader import EpisodeWarning
 from tests.training_data import HEIGHT, LEFT, RIGHT, WIDTH, episode, read, write_schema, write_v1
-from train.episode_set import TrainingEpisode, read_episodes, sides_in_text
+from train.episode_set import TrainingEpisode, read_episodes
 from train.run_config import DataConfig, SourceConfig
 
 

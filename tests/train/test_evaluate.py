@@ -25,6 +25,7 @@ from export.pipeline import BuildConfig, build
 from tests.train.runs import RunFiles
 from train.action_meaning import action_of
 from train.checkpoint import load
+from train.evaluate import main as evaluate_main
 from train.evaluation import episode_paths, evaluate
 from train.evaluation_view import plot, render
 from train.load_config import load_run_config
@@ -211,3 +212,26 @@ def test_what_is_shown(run_files: RunFiles, tmp_path: Path) -> None:
     assert "linear_x (m/s)" in text
     assert "always saying" in text
     plot(found, tmp_path / "p.png")
+
+
+def test_a_policy_that_only_turns_is_not_judged_by_directions(
+    run_files: RunFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"data.actions": ["angular_z"], "data.action_range": [-1.0, 1.0]}
+    arguments = [
+        str(EVALUATE),
+        str(checkpoint(run_files, tmp_path, settings)),
+        str(run_files.episodes / "*.h5"),
+        "--swap-words",
+    ]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert evaluate_main() == 0
+    shown = capsys.readouterr().out
+    assert "direction" not in shown
+    assert "right sign" in shown
+    monkeypatch.setattr(sys, "argv", [*arguments, "--json", "--min-direction-accuracy", "0"])
+    assert evaluate_main() == 3
+    found = json.loads(capsys.readouterr().out)
+    assert found["direction_accuracy"] is found["majority"] is found["swapped_words"]["direction_accuracy"] is None
+    assert found["sign_accuracy"]["angular_z"]["value"] >= 0
+    assert "no direction accuracy without linear_x or linear_y" in found["missed"][0]

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from tests.train.runs import RunFiles
 from train.ledger import read_run, verify_checkpoints
 from train.run_log import read_steps
+from train.split import Split, save_split
 
 ROOT = Path(__file__).resolve().parents[2]
 FINETUNE = str(ROOT / "train" / "finetune.py")
@@ -127,6 +129,107 @@ def test_two_processes_have_the_losses_of_one(run_files: RunFiles, tmp_path: Pat
             assert second.value(metric) == pytest.approx(first.value(metric), rel=2e-3, abs=1e-6), metric
     result = json.loads(out.strip().splitlines()[-1])
     assert result["status"] == "finished"
+
+
+# What a process of torchrun runs: the command, after `spoil` has made this process differ from the others.
+SPOILED = """
+import os, runpy, sys, types
+rank = int(os.environ["RANK"])
+{spoil}
+sys.argv = {arguments!r}
+runpy.run_path({finetune!r}, run_name="__main__")
+"""
+
+
+def start_spoiled(folder: Path, spoil: str, *arguments: str) -> subprocess.Popen[str]:
+    """Two processes, after each has run `spoil`, which sees its `rank`."""
+    script = folder / "spoiled.py"
+    script.write_text(SPOILED.format(spoil=spoil, arguments=[FINETUNE, *arguments], finetune=FINETUNE))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}", str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        start_new_session=True,
+    )
+
+
+def test_clocks_that_differ_and_a_process_without_validation_episodes(run_files: RunFiles, tmp_path: Path) -> None:
+    """One process saves at every step and the other never; there is one validation episode for the two."""
+    names = sorted(path.name for path in run_files.episodes.iterdir())
+    save_split(tmp_path / "split.json", Split(train=tuple(names[1:]), val=(names[0],)))
+    settings = {"loop.save_minutes": 1e-9, "data.split": "split.json", "loop.epochs": 1}
+    config = run_files.config(tmp_path / "run.json", settings)
+    spoil = "import train.trainer\nif rank == 1: train.trainer.time = types.SimpleNamespace(monotonic=lambda: 0.0)"
+    process = start_spoiled(tmp_path, spoil, str(config))
+    try:
+        code, _, err = finish(process)
+    finally:
+        kill_group(process)
+    assert code == 0, err
+    folder = tmp_path / "runs" / "quick"
+    record = read_run(folder)
+    assert record.status == "finished"
+    assert record.split.val == 1
+    assert verify_checkpoints(record, folder) == []
+    assert not list(folder.rglob(".*"))
+
+
+def test_a_process_that_fails_takes_the_other_with_it(run_files: RunFiles, tmp_path: Path) -> None:
+    config = run_files.config(tmp_path / "run.json", {"loop.epochs": 1000, "loop.save_minutes": 1e-9})
+    spoil = (
+        "import train.inputs\n"
+        "from bundle.errors import EpisodeError\n"
+        "real, calls = train.inputs.InputSource.targets, [0]\n"
+        "def failing(self, batch):\n"
+        "    calls[0] += 1\n"
+        "    if rank == 1 and calls[0] == 12: raise EpisodeError('an episode is gone', hint='look')\n"
+        "    return real(self, batch)\n"
+        "train.inputs.InputSource.targets = failing"
+    )
+    process = start_spoiled(tmp_path, spoil, str(config))
+    try:
+        code, _, err = finish(process)
+    finally:
+        kill_group(process)
+    assert code != 0
+    assert "an episode is gone" in err
+    folder = tmp_path / "runs" / "quick"
+    record = read_run(folder)
+    assert record.effective_status() in ("failed", "died")
+    assert verify_checkpoints(record, folder) == []
+    assert (folder / "state.pt").exists()
+
+
+def test_torchrun_that_is_terminated_stops_both_and_goes_on(run_files: RunFiles, tmp_path: Path) -> None:
+    config = run_files.config(tmp_path / "run.json", {"loop.epochs": 1000})
+    folder = tmp_path / "runs" / "quick"
+    process = start_spoiled(tmp_path, "", str(config))
+    try:
+        wait_for_steps(folder, 3, process)
+        process.terminate()
+        _, _, err = finish(process)
+    finally:
+        kill_group(process)
+    assert read_run(folder).status == "stopped", err
+    done = int(read_steps(folder)[-1]["step"])
+    process = start_spoiled(tmp_path, "", str(config), "--resume", "--set", "loop.epochs=1000")
+    try:
+        wait_for_steps(folder, done + 2, process)
+        process.terminate()
+        finish(process)
+    finally:
+        kill_group(process)
+    assert [row["step"] for row in read_steps(folder)][:done] == list(range(1, done + 1))
+
+
+def kill_group(process: subprocess.Popen[str]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_micro_batches_that_cannot_be_dealt_evenly_are_refused(run_files: RunFiles, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -45,6 +47,18 @@ def test_intervals_are_over_episodes_not_frames() -> None:
     assert high is not None
     assert found.mae[0].value == 0.5
     assert 0.5 < high - low < 0.7  # 2 * 1.96 * sqrt(0.25 / 10) = 0.62
+
+
+def test_a_policy_that_only_turns_has_no_directions() -> None:
+    """Counted as directions, all frames would be stops, and every prediction right."""
+    recorded = np.array([[0.5], [-0.5], [0.0], [0.5]], np.float32)
+    sums = [episode_sums(-recorded, recorded, ("angular_z",))]
+    found = measure(sums, [recorded])
+    assert not found.directions.any()
+    assert math.isnan(found.direction_accuracy.value)
+    assert math.isnan(found.majority[1])
+    assert found.sign_accuracy[0].value == 0.25
+    assert measure([episode_sums(recorded, recorded, ("angular_z",))], [recorded]).sign_accuracy[0].value == 1.0
 
 
 def test_sides() -> None:
