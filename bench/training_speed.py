@@ -157,7 +157,19 @@ def _setup(folder: Path, config: TrainingSpeedConfig, adapters: str) -> Setup:
         "model": {"hidden": hidden, "dropout": 0.0, "lora": lora},
     }
     path.write_text(json.dumps(values))
-    return prepare(gather(load_run_config(path)), torch.device("cpu"))
+    setup = prepare(gather(load_run_config(path)), torch.device("cpu"))
+    _stir(setup.policy)
+    return setup
+
+
+def _stir(policy: KosmosPolicy) -> None:
+    """Give everything that trains values of a trained policy's size: as initialised, adapters are zero and pictures hardly reach the loss,
+    so that equal losses would say nothing."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
 
 
 def _windows(count: int, *, together: bool) -> tuple[Window, ...]:
