@@ -1,22 +1,20 @@
-"""The baseline that the runtime is compared with: Hugging Face's whole Kosmos-2, eager or compiled, as a lab would run it.
-
-The only module of bench/ that imports torch.
-"""
+"""The baseline that the runtime is compared with: Hugging Face's whole Kosmos-2, eager or compiled, as a lab would run it."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from transformers import Kosmos2Config
 from transformers.models.kosmos2.modeling_kosmos2 import Kosmos2ForConditionalGeneration
 
 from bundle.manifest import Packing
 from export.plan import merged_weights
 from runtime.golden import Golden
-from train.checkpoint import load, materialize_tables
+from train.checkpoint import LoadedPolicy, load, materialize_tables
 from train.policy import normalize_frames
 
 
@@ -35,19 +33,7 @@ def eager_step(
     """
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     loaded = load(checkpoint, packing=packing)
-    weights = merged_weights(loaded)
-    with torch.device("meta"):
-        model = Kosmos2ForConditionalGeneration._from_config(loaded.base.kosmos, attn_implementation="eager")
-    state = {}
-    for name in model.state_dict():
-        module, _, kind = f"backbone.{name}".rpartition(".")
-        if name == "text_model.lm_head.weight":
-            module = "backbone.text_model.model.embed_tokens"
-        state[name] = weights.weight(module) if kind == "weight" else weights.tensor(f"{module}.{kind}")
-    model.load_state_dict(state, assign=True)
-    materialize_tables(model)
-    model.eval()
-    model.to(device=device, dtype=getattr(torch, dtype))
+    model = merged_model(loaded).to(device=device, dtype=getattr(torch, dtype))
     call = torch.compile(model, mode="reduce-overhead") if compiled else model
     ids = torch.from_numpy(golden.token_ids)[None]
     images = loaded.base.kosmos.latent_query_num
@@ -68,3 +54,35 @@ def eager_step(
         return output
 
     return run
+
+
+def merged_model(loaded: LoadedPolicy) -> Any:
+    """Hugging Face's model with the adapters merged, in eval mode."""
+    weights = merged_weights(loaded)
+    with torch.device("meta"):
+        model = Kosmos2ForConditionalGeneration._from_config(loaded.base.kosmos, attn_implementation="eager")
+    state = {}
+    for name in model.state_dict():
+        module, _, kind = f"backbone.{name}".rpartition(".")
+        if name == "text_model.lm_head.weight":
+            module = "backbone.text_model.model.embed_tokens"
+        state[name] = weights.weight(module) if kind == "weight" else weights.tensor(f"{module}.{kind}")
+    model.load_state_dict(state, assign=True)
+    materialize_tables(model)
+    return model.eval()
+
+
+def random_model(config: Kosmos2Config, dtype: torch.dtype) -> Any:
+    """The same with random weights of a trained model's size: normal numbers, as denormal ones would be slow."""
+    with torch.device("meta"):
+        model = Kosmos2ForConditionalGeneration._from_config(config, attn_implementation="eager")
+    model = model.to(dtype).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, 0.02, generator=generator)
+            else:
+                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+    materialize_tables(model)
+    return model.eval()

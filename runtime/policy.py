@@ -39,12 +39,14 @@ class ActionChunk:
         normalized: float32 [n, A] as the head gives it (tanh; gripper and classes: raw logits).
         feature: float32 [latent * D], the frame's action feature.
         timing: milliseconds per section: preprocess, vision, language, action_head, total.
+        engine_ms: of these, inside the engines alone; NaN where it cannot be told.
     """
 
     values: NDArray[np.float32]
     normalized: NDArray[np.float32]
     feature: NDArray[np.float32]
     timing: dict[str, float]
+    engine_ms: float
 
 
 class Policy:
@@ -53,6 +55,8 @@ class Policy:
     def __init__(self, folder: Path, manifest: Manifest, backend: Backend) -> None:
         self.manifest = manifest
         self.backend = backend.name
+        self.failed_backends: tuple[str, ...] = ()
+        """What `auto` or `ort` tried before this one, and why it could not be used; what is not installed does not count."""
         folder = folder.resolve()  # the process may change its folder, and a link what it points to
         self._folder = folder
         self._embedding = _load_embedding(folder / EMBEDDING_NAME)
@@ -111,6 +115,7 @@ class Policy:
             else:
                 if failures:
                     log.warning("running on %s, because a backend before it failed: %s", name, "; ".join(failures))
+                policy.failed_backends = tuple(failures)
                 return policy
         raise BackendError(
             f"no backend can run {folder}",
@@ -251,7 +256,7 @@ class Policy:
             **tick.milliseconds,
             "total": (time.perf_counter() - start) * 1e3,
         }
-        return ActionChunk(values, normalized, tick.feature[0].astype(np.float32), timing)
+        return ActionChunk(values, normalized, tick.feature[0].astype(np.float32), timing, tick.engine_ms)
 
     def run_vision(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Image tokens [1, N, D] of resized frames; a buffer, valid until the next run."""

@@ -41,6 +41,7 @@ class OrtDeviceChain:
         self._bindings: dict[str, Any] = {}
         self._has_prompt = False
         self._turn = 0
+        self._engine_s = 0.0
         for stage in ("vision", "action_head"):
             self._load(stage, manifest.graph(stage))
 
@@ -63,6 +64,7 @@ class OrtDeviceChain:
         clock = [time.perf_counter()]
         if not self._has_prompt:
             raise no_prompt()
+        self._engine_s = 0.0
         self._write("frames", frames)
         self._run("vision")
         clock.append(time.perf_counter())
@@ -72,7 +74,8 @@ class OrtDeviceChain:
         action = self._head()
         clock.append(time.perf_counter())
         spent = np.diff(clock) * 1e3
-        return Tick(feature, action, {name: float(value) for name, value in zip(SECTIONS, spent, strict=True)})
+        sections = {name: float(value) for name, value in zip(SECTIONS, spent, strict=True)}
+        return Tick(feature, action, sections, self._engine_s * 1e3)
 
     def run_vision(self, frames: NDArray[np.uint8]) -> Floats:
         self._write("frames", frames)
@@ -138,6 +141,7 @@ class OrtDeviceChain:
         options = self._runtime.RunOptions()
         options.add_run_config_entry("gpu_graph_id", str(turn))  # a CUDA graph holds addresses: one a binding
         binding = self._bindings[f"{stage}{turn}"]
+        start = time.perf_counter()
         try:
             self._sessions[stage].run_with_iobinding(binding, options)
             binding.synchronize_outputs()
@@ -147,6 +151,7 @@ class OrtDeviceChain:
                 got=f"{type(error).__name__}: {error}",
                 hint="replay the golden step with runtime/run_robot.py BUNDLE --check; if it fails too, rebuild the bundle.",
             ) from error
+        self._engine_s += time.perf_counter() - start
 
     def _write(self, name: str, array: NDArray[np.generic]) -> None:
         value = self._values[name]

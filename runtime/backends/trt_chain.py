@@ -7,6 +7,7 @@ a prompt of another length needs another engine, and destroyed before the contex
 from __future__ import annotations
 
 import logging
+import math
 import weakref
 from contextlib import suppress
 from pathlib import Path
@@ -165,7 +166,10 @@ class DeviceChain:
             cuda.launch(graph, self._stream)
         cuda.synchronize(self._stream)
         self._keep_states_finite()
-        return Tick(self._views["feature"], self._views["action"], self._sections() if self._timed else {})
+        sections = self._sections() if self._timed else {}
+        return Tick(
+            self._views["feature"], self._views["action"], sections, sum(sections.values()) if sections else math.nan
+        )
 
     def run_vision(self, frames: NDArray[np.uint8]) -> Floats:
         self._attach()
@@ -287,10 +291,10 @@ class DeviceChain:
             if timed:
                 self._cuda.record(next(moments), self._stream, captured=captured)
 
-        mark()
         for name in _IN:
             self._copy_in(name)
         self._advance_states()
+        mark()  # copies belong to no stage
         for stage in SECTIONS:
             self._run(stage)
             mark()
