@@ -43,6 +43,24 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder for output, and those above it; it may be there.
+
+    Raises:
+        StorageError: the disk refuses, or a file is in the way.
+    """
+    try:
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise StorageError(
+            f"cannot make the folder {folder}",
+            got="a file of that name, or above it",
+            expected="a folder, or a new path",
+            hint="name another --out.",
+        ) from None
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a small file atomically: temporary sibling, fsync, rename.
 

@@ -27,8 +27,8 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bundle.atomic import disk_errors
-from bundle.errors import ConfigError, EpisodeError, JetvlaError, StorageError
+from bundle.atomic import make_folder
+from bundle.errors import ConfigError, EpisodeError, JetvlaError
 from episodes.doctor_view import show, show_repairs
 from episodes.findings import Examination
 from episodes.instruction import EpisodeWarning
@@ -193,26 +193,13 @@ def _repair(
                 refused.append((path, hopeless[0]))
             else:
                 target = targets[path]
-                _make_folder(target.parent)
+                make_folder(target.parent)
                 try:
                     repaired.append(repair(path, target, options))
                 except EpisodeError as error:
                     what = error.what.removeprefix(f"{path}: ")
                     refused.append((path, f"{what}; {error.hint}"))
     return repaired, refused
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise StorageError(
-            f"cannot make the folder {folder}",
-            got="a file of that name, or above it",
-            expected="a folder, or a new path",
-            hint="name another --out.",
-        ) from None
 
 
 def _export(paths: Sequence[Path], folder: Path, console: Console) -> None:

@@ -12,11 +12,14 @@ import pytest
 
 pytest.importorskip("onnxruntime")
 
+import bench.outcome
 import bench.session
+from bench.ask import Ask
 from bench.feed import drawn_feed, episode_feed
 from bench.nvml import Nvml
+from bench.outcome import fallbacks
 from bench.results import Fact, Fingerprint, Loop, Plan, Result, Timing, read_result, write_result
-from bench.session import Ask, fallbacks, run
+from bench.session import run
 from bench.verdict import judge
 from bundle.errors import BackendError, ConfigError, EpisodeError
 from episodes.synthetic import write_synthetic
@@ -49,13 +52,13 @@ def policy(bundle: Path) -> Policy:
     return Policy.load(bundle, "ort:cpu", threads=1)
 
 
-def ask(bundle: Path, **changed: Any) -> Ask:
-    usual: dict[str, Any] = {"backend": "ort:cpu", "threads": 1, "steps": 12, "warmup": 2, "ticks": 4, "rate_hz": 50.0}
-    return Ask(bundle, **(usual | changed))
+def ask(**changed: Any) -> Ask:
+    usual: dict[str, Any] = {"threads": 1, "steps": 12, "warmup": 2, "ticks": 4, "rate": 50.0}
+    return Ask(**(usual | changed))
 
 
 def measured(bundle: Path, policy: Policy, **changed: Any) -> Result:
-    return run(ask(bundle, **changed), policy, drawn_feed(policy.manifest, height=48, width=64), Screen())
+    return run(ask(**changed), bundle, policy, drawn_feed(policy.manifest, height=48, width=64), Screen())
 
 
 def test_everything_is_in_the_result_and_survives_a_file(bundle: Path, policy: Policy, tmp_path: Path) -> None:
@@ -63,7 +66,7 @@ def test_everything_is_in_the_result_and_survives_a_file(bundle: Path, policy: P
     screen = Screen()
     plan = Plan(device="here", calibrated=False, stages={})
     result = run(
-        ask(bundle, minutes=0.003), policy, episode_feed(episode, instruction=KNOWN), screen, plan=lambda *_: plan
+        ask(minutes=0.003), bundle, policy, episode_feed(episode, instruction=KNOWN), screen, plan=lambda *_: plan
     )
     assert list(result.sections) == ["preprocess", "vision", "language", "action_head", "glue", "total"]
     assert list(result.layers) == ["engine", "io", "step", "loop"]
@@ -93,7 +96,7 @@ def test_the_predictions_are_those_of_a_replay(bundle: Path, policy: Policy, tmp
     from runtime.replay import replay
 
     path = write_synthetic(tmp_path, "v1", side="left", seed=1, height=48, width=64, length=7)
-    result = run(ask(bundle), policy, episode_feed(path, instruction=KNOWN), Screen())
+    result = run(ask(), bundle, policy, episode_feed(path, instruction=KNOWN), Screen())
     with open_episode(path) as episode:
         expected = replay(policy, episode, instruction=KNOWN)
     assert result.drive is not None
@@ -146,7 +149,7 @@ def test_words_that_cannot_be_tokenised_are_no_obstacle_and_no_prediction(
 ) -> None:
     """Another prompt takes as long; but what it predicts must not pass for an answer to these words."""
     path = write_synthetic(tmp_path, "v1", side="left", seed=0, height=48, width=64, length=7)
-    result = run(ask(bundle), policy, episode_feed(path, instruction="words that nobody knows"), Screen())
+    result = run(ask(), bundle, policy, episode_feed(path, instruction="words that nobody knows"), Screen())
     assert result.sections["total"].count == 12
     assert result.drive is None
     assert "cannot tokenise" in result.settings.instruction
@@ -160,11 +163,19 @@ def test_an_episode_without_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    "changed", [{"steps": -1}, {"rounds": 0}, {"rate_hz": 0}, {"deadline_ms": float("nan")}, {"minutes": float("nan")}]
+    "changed",
+    [
+        {"steps": -1},
+        {"rounds": 0},
+        {"rate": 0},
+        {"baselines": ("eager-fp23",)},
+        {"deadline_ms": float("nan")},
+        {"minutes": float("nan")},
+    ],
 )
-def test_settings_that_make_no_sense(bundle: Path, changed: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"too small|out of range"):
-        ask(bundle, **changed)
+def test_settings_that_make_no_sense(bundle: Path, policy: Policy, changed: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"too small|out of range|no baseline"):
+        measured(bundle, policy, **changed)
 
 
 def test_a_backend_that_fell_back_is_said(bundle: Path, policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +191,7 @@ def test_a_backend_that_fell_back_is_said(bundle: Path, policy: Policy, monkeypa
         def __exit__(self, *_: object) -> None:
             pass
 
-    monkeypatch.setattr(bench.session, "open_nvml", Gpu)
+    monkeypatch.setattr(bench.outcome, "open_nvml", Gpu)
     assert fallbacks("auto", policy) == ("ort:cpu runs although there is a GPU (NVIDIA L4)",)
     assert fallbacks("ort:cpu", policy) == ()  # asked for
 
