@@ -39,7 +39,7 @@ def disk_errors(path: Path) -> Iterator[None]:
             f"cannot write {path}",
             got=os.strerror(error.errno or 0),
             expected="room for the whole output" if full else "a folder that can be written and replaced",
-            hint=f"{'free some space or ' if full else ''}choose another folder (--out); nothing was replaced.",
+            hint=f"{'free some space or ' if full else ''}choose another folder; nothing was replaced.",
         ) from error
 
 

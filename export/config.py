@@ -148,8 +148,13 @@ class BuildConfig:
 
     @property
     def target(self) -> Path:
-        """Where the bundle goes."""
-        return self.out if self.out is not None else Path(f"{self.checkpoint.stem}.bundle")
+        """Where the bundle goes: by default a folder called after the checkpoint, and after its run if that is ours, whose checkpoints
+        have the same names in every run."""
+        if self.out is not None:
+            return self.out
+        run = self.checkpoint.absolute().parent.parent
+        ours = self.checkpoint.absolute().parent.name == "checkpoints" and (run / "run.json").is_file()
+        return Path(f"{run.name}-{self.checkpoint.stem}.bundle" if ours else f"{self.checkpoint.stem}.bundle")
 
 
 @dataclass(frozen=True)

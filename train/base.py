@@ -21,6 +21,7 @@ from bundle.hashing import sha256_arrays
 from train.keys import canonical
 
 _REAL_WIDTHS = {"vision": 1024, "text": 2048}
+_LISTED = 3
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,11 @@ def find_base(checkpoint: Path, *, explicit: Path | None, written: str | None, s
     }
     found = {name: None if tensor is None else tensor.shape[0] for name, tensor in widths.items()}
     if found != _REAL_WIDTHS:
+        folders = list(dict.fromkeys(str(path.parent) for path in searched))
+        absent = ", ".join(folders[:_LISTED]) or "no folder to look in"
         raise BaseWeightsError(
             f"the base model of {checkpoint.name} was not found",
-            got=f"{written!r} does not exist here; widths in the checkpoint {found}",
+            got=f"no Kosmos-2 in {absent}; widths in the checkpoint {found if any(found.values()) else 'unknown'}",
             expected=f"that directory, or the widths of microsoft/kosmos-2-patch14-224 {_REAL_WIDTHS}",
             hint="pass the Kosmos-2 directory (config.json, tokenizer.json) with --base DIR.",
         )

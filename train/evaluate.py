@@ -18,11 +18,12 @@ from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from bundle.errors import JetvlaError
-from train.evaluation import Evaluation, episode_paths, evaluate
-from train.evaluation_view import plot, render
+from train.evaluation import Evaluation, episode_paths, evaluate, trained_on
+from train.evaluation_view import check_plot, plot, render
 from train.predictors import Stated, open_predictor
 
 _WIDTH = 110  # of what is not a terminal
@@ -66,6 +67,7 @@ def main() -> int:
     console = Console(stderr=True, highlight=False)
     try:
         found = _evaluate(config, console)
+        missed = _show(found, config, console)
         if config.plot is not None:
             plot(found, config.plot)
     except JetvlaError as error:
@@ -75,6 +77,10 @@ def main() -> int:
     except KeyboardInterrupt:
         console.print("interrupted.")
         return 1
+    return 3 if missed else 0
+
+
+def _show(found: Evaluation, config: EvaluateConfig, console: Console) -> list[str]:
     missed = _missed(found, config)
     if config.json:
         print(json.dumps({**found.as_json(), "missed": missed}))
@@ -82,11 +88,20 @@ def main() -> int:
         Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH).print(render(found))
     for text in missed:
         console.print(f"[bold red]missed:[/] {text}")
-    return 3 if missed else 0
+    return missed
 
 
 def _evaluate(config: EvaluateConfig, console: Console) -> Evaluation:
+    if config.plot is not None:
+        check_plot(config.plot)
     paths = episode_paths(config.episodes, split=config.split, part=config.part)
+    known = None if config.split is not None else trained_on(config.policy, paths)
+    if known is not None and known[0]:
+        console.print(
+            f"[yellow]warning:[/] {known[0]} of {len(paths)} episodes are what this policy was trained on: the numbers will look better "
+            f"than it is; --split {escape(str(known[1]))} takes the others alone",
+            soft_wrap=True,
+        )
     predictor = open_predictor(config.policy, config.stated, backend=config.backend)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("playing episodes", total=len(paths) * (2 if config.swap_words else 1))

@@ -20,12 +20,11 @@ from numpy.typing import NDArray
 
 from bundle.errors import BackendError, ConfigError, EpisodeError
 from episodes.reader import Episode, EpisodeWarning, open_episode
+from episodes.sources import find_sources
 from train.augmentation import other_words
-from train.episode_files import find_files
 from train.metrics import Estimate, Measures, Sums, episode_sums, has_directions, measure
 from train.predictors import Predictor
-from train.run_config import SourceConfig
-from train.split import read_split
+from train.split import SPLIT_NAME, read_split
 
 
 @dataclass(frozen=True)
@@ -119,9 +118,10 @@ def episode_paths(patterns: Sequence[str], *, split: Path | None, part: str) -> 
     """The files of patterns (paths, folders, globs), or those of them that a split file puts into one part.
 
     Raises:
-        ConfigError: nothing matches, or none is in that part.
+        EpisodeError: nothing matches.
+        ConfigError: none is in that part.
     """
-    found = tuple(path for path, _ in find_files((SourceConfig(files=tuple(patterns)),), root=Path()))
+    found = find_sources(patterns)
     if split is None:
         return found
     names = set(read_split(split).val if part == "val" else read_split(split).train)
@@ -134,6 +134,16 @@ def episode_paths(patterns: Sequence[str], *, split: Path | None, part: str) -> 
             hint="pass the episodes that the run was trained with.",
         )
     return chosen
+
+
+def trained_on(policy: Path, paths: Sequence[Path]) -> tuple[int, Path] | None:
+    """How many of the episodes the run of a checkpoint was trained on, and its split; None for a policy of which that is not known."""
+    split = policy.absolute().parent.parent / SPLIT_NAME
+    try:
+        names = set(read_split(split).train)
+    except ConfigError:
+        return None
+    return sum(path.name in names for path in paths), split
 
 
 def evaluate(

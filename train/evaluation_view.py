@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,22 +101,33 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def plot(found: Evaluation, path: Path) -> None:
-    """Predicted and recorded commands of the worst and the median episode, as a PNG.
+def check_plot(path: Path) -> None:
+    """Find out that there will be no picture before hours of work rather than after.
 
     Raises:
-        ConfigError: matplotlib is not installed.
+        ConfigError: matplotlib is not installed, or it is no name of a PNG in a folder that can be written.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("plots need matplotlib", expected="the extra `report`", hint="pip install 'jetvla[report]'")
+    if path.suffix.lower() != ".png" or path.is_dir() or not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"cannot plot to {path}",
+            expected="a name that ends in .png, in a folder that you may write to",
+            hint="--plot evaluation.png",
+        )
+
+
+def plot(found: Evaluation, path: Path) -> None:
+    """Predicted and recorded commands of the worst and the median episode, as a PNG; see `check_plot`.
+
+    Raises:
         StorageError: the disk refuses.
     """
-    try:
-        import matplotlib as mpl
+    import matplotlib as mpl
 
-        mpl.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise ConfigError(
-            "plots need matplotlib", expected="the extra `report`", hint="pip install 'jetvla[report]'"
-        ) from None
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
     ranked = sorted(found.episodes, key=lambda played: played.rmse)
     chosen = {"median": ranked[len(ranked) // 2], "worst": ranked[-1]}
     count = len(found.axes)

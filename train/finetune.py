@@ -15,16 +15,19 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
 
 from bundle.errors import JetvlaError
-from train.launch import Launch, launch
+
+if TYPE_CHECKING:
+    from train.launch import Launch
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,15 @@ def main() -> int:
     options = tyro.cli(FinetuneConfig, description=__doc__)
     console = Console(stderr=True, highlight=False)
     try:
+        from train.launch import launch  # seconds of imports, in which Ctrl-C is no bug either
+
         done = launch(options.config, options.set, resume=options.resume, dry_run=options.dry_run, console=console)
     except JetvlaError as error:
         console.print(f"[bold red]error:[/] {error.__class__.__name__}")
         console.print(str(error), markup=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
-        console.print("interrupted at once; go on from the last saved state with --resume.")
+        console.print("interrupted at once; if the run had begun, --resume goes on from its last saved state.")
         return 1
     if int(os.environ.get("RANK", "0")) == 0:
         _print_result(done, options)
@@ -81,9 +86,10 @@ def _print_result(done: Launch, options: FinetuneConfig) -> None:
         print(f"best\t{outcome.best}")
         print(f"last\t{outcome.last}")
         if outcome.status == "stopped":
-            print(f"go on\tpython train/finetune.py {options.config} --resume")
+            settings = [part for pair in options.set for part in ("--set", pair)]
+            print(f"go on\tpython train/finetune.py {shlex.join([str(options.config), *settings])} --resume")
         else:
-            print(f"next\tpython export/build_engines.py {outcome.best}")
+            print(f"next\tpython export/build_engines.py {shlex.quote(str(outcome.best))}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ class CodeFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     Attributes:
         sources_sha256: of every Python file that training may import, with its name.
         commit: of git; None if these files are not in a git checkout, or git cannot be asked.
-        dirty: whether tracked files differed from the commit, or untracked ones lay beside them.
+        dirty: whether files of our packages differed from the commit, or untracked ones lay among them.
         diff_sha256: of `git diff HEAD`, if dirty.
         versions: of Python and the packages that compute; a package that is not installed is left out.
     """
@@ -42,9 +42,10 @@ class CodeFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 def code_facts(root: Path = _ROOT) -> CodeFacts:
     """What is under `root` now; call it once, when the run starts."""
     commit = _commit(root)
-    status = None if commit is None else _git(root, "status", "--porcelain")
+    # What lies elsewhere in the checkout - runs, notes, recordings - is not what ran.
+    status = None if commit is None else _git(root, "status", "--porcelain", "--", *_FOLDERS)
     dirty = None if status is None else bool(status)
-    diff = _git(root, "diff", "HEAD", "--binary", "--no-ext-diff", "--no-color") if dirty else None
+    diff = _git(root, "diff", "HEAD", "--binary", "--no-ext-diff", "--no-color", "--", *_FOLDERS) if dirty else None
     return CodeFacts(
         sources_sha256=sources_sha256(root),
         commit=commit,

@@ -30,9 +30,9 @@ from train.preflight_view import render
 from train.proofs import trained_groups
 from train.run_config import RunConfig
 from train.run_log import RunLog
-from train.run_setup import SPLIT_NAME, Gathered, Setup, gather, prepare
+from train.run_setup import Gathered, Setup, gather, prepare
 from train.run_state import resumed_state
-from train.split import save_split
+from train.split import SPLIT_NAME, save_split
 from train.trainer import Outcome, Trainer
 
 # For the first process, which hashes, resizes and encodes for all; torch's own ten minutes would end a run on many episodes. A process
@@ -74,7 +74,7 @@ def launch(
     first = accelerator.is_main_process
     shown = console if first else Console(quiet=True)
     bar = _bars(shown)
-    going_on = None if dry_run else resume
+    going_on = None if dry_run and not resume else resume
     require_files(loaded, resume=going_on)
     with accelerator.main_process_first():
         gathered = gather(loaded, bar)

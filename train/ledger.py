@@ -152,7 +152,7 @@ class Ledger:
         """
         record = read_run(folder)
         process = this_process()
-        _check_resumable(record, folder)
+        check_resumable(record, folder)
         files = _stored_files(data)
         found = [
             *_differences("config", record.config, stored_value(config)),
@@ -304,11 +304,16 @@ def _stored_base(base: BaseFacts) -> BaseFacts:
     return msgspec.structs.replace(base, path=stored_text(base.path))
 
 
-def _check_resumable(record: RunRecord, folder: Path) -> None:
+def check_resumable(record: RunRecord, folder: Path) -> None:
+    """Refuse to go on with a run that is over, or that another process is at.
+
+    Raises:
+        ConfigError: it is.
+    """
     if record.status == "finished":
         raise ConfigError(
             f"{folder} is finished",
-            got=f"{len(record.epochs)} epochs, ended {record.ended}",
+            got=f"{max((epoch.epoch for epoch in record.epochs), default=0)} epochs, ended {record.ended}",
             expected="a run that was stopped, failed or died",
             hint="start a new run under another name, e.g. with more epochs.",
         )

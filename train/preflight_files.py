@@ -14,6 +14,7 @@ from typing import Literal
 
 from bundle.errors import ConfigError
 from train.episode_files import find_files
+from train.ledger import check_resumable, read_run
 from train.load_config import LoadedConfig
 
 LEDGER_NAME = "run.json"
@@ -75,7 +76,9 @@ def file_problems(loaded: LoadedConfig, *, resume: bool | None = None) -> tuple[
 def _base(loaded: LoadedConfig) -> Iterator[tuple[str, str]]:
     config, root = loaded.config.base, loaded.root
     model = root / config.model
-    if not model.is_dir():
+    if model.is_file():
+        yield f"base.model is a file: {model}", f"{_KOSMOS} A RoboVLMs checkpoint to start from goes into base.weights."
+    elif not model.is_dir():
         yield f"base.model does not exist: {model}", _KOSMOS
     else:
         for name in ("config.json", "tokenizer.json"):
@@ -124,6 +127,11 @@ def _earlier_run(loaded: LoadedConfig, resume: bool | None) -> Iterator[tuple[st
         yield f"a run of this name exists: {folder}", "--resume goes on with it; another `name` starts a new one."
     if resume is True and not exists:
         yield f"there is no run to resume: {folder}", "start it without --resume."
+    if resume is True and exists:
+        try:
+            check_resumable(read_run(folder), folder)
+        except ConfigError as error:
+            yield f"{error.what}: {error.got}", error.hint
 
 
 def existing_parent(path: Path) -> Path:

@@ -92,7 +92,7 @@ def _action_range(lab: LabConfig, spec: PolicySpec, *, fork: bool) -> tuple[floa
     if ours[0] is not None and ours[1] is not None:
         return ours
     if not spec.normalized:
-        lab.assume("norm_action is false: actions are clipped to [-1, 1], as the fork's loader does")
+        lab.assume("norm_action is not set: actions are clipped to [-1, 1], as the fork's loader does")
         return -1.0, 1.0
     if fork and (spec.minimum, spec.maximum) != (-1.0, 1.0):
         lab.assume("the fork's loader clips to [-1, 1] whatever norm_min and norm_max say; this run scales from them")

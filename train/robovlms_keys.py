@@ -134,7 +134,7 @@ class LabConfig:
         self._values = values
         self._origin = origin
         self._leaves = dict(_leaves(values, ""))
-        self._read: set[str] = set()
+        self._read: set[str] = {"parent"}  # followed when the file was read
         self._assumed: list[str] = []
         for path, value in self._leaves.items():
             kind = _kind(path)

@@ -254,9 +254,9 @@ class OutputConfig(_Strict, frozen=True):
 
     Attributes:
         runs: folder of run folders.
-        cache: folder of prepared frames and image tokens; by default `cache` in `runs`.
+        cache: folder of prepared frames and image tokens; by default `.cache` in `runs`.
         lightning: also write the final policy in RoboVLMs' layout (gigabytes).
-        tensorboard: write event files beside metrics.csv.
+        tensorboard: write event files beside steps.csv.
     """
 
     runs: str = "runs"

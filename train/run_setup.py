@@ -34,12 +34,11 @@ from train.robovlms_base import robovlms_base
 from train.run_checkpoints import checkpoint_config
 from train.run_config import RunConfig
 from train.sampling import steps_per_epoch
-from train.split import Split, draw_split, part_episodes, read_split
+from train.split import SPLIT_NAME, Split, draw_split, part_episodes, read_split
 from train.token_cache import TokenCache
 from train.trainable import build_policy, head_spec, reaches_vision, training_mode
 from train.windows import resolve_action_range
 
-SPLIT_NAME = "split.json"
 _CLASSES = 9
 
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -133,7 +132,7 @@ def gather(loaded: LoadedConfig, bar: Bar = no_bar) -> Gathered:
     """
     config, root = loaded.config, loaded.root
     runs = root / config.output.runs
-    cache = root / config.output.cache if config.output.cache else runs / "cache"
+    cache = root / config.output.cache if config.output.cache else runs / ".cache"
     model = root / config.base.model
     kosmos = read_base_config(model)
     base = model

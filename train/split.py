@@ -25,6 +25,8 @@ from train.draws import draw_number
 from train.episode_set import TrainingEpisode
 from train.run_config import AugmentConfig
 
+SPLIT_NAME = "split.json"
+
 # What augmentation scripts append to a name: `_mirror`, `_aug3`, `-flipped_2`.
 _SUFFIX = re.compile(
     r"(?:[_.-](?:mirror(?:ed)?|flip(?:ped)?|h?flip|aug(?:mented)?|jitter(?:ed)?|blur(?:red)?|bright|dark|copy)[_-]?\d*)+$",

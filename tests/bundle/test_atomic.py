@@ -237,7 +237,7 @@ def test_errors_of_the_disk_get_a_hint(tmp_path: Path, number: int) -> None:
         raise OSError(number, os.strerror(number))
     assert str(caught.value) == (
         f"cannot write {tmp_path / 'x'}\n  got:      {os.strerror(number)}\n  expected: room for the whole output\n\n"
-        "hint: free some space or choose another folder (--out); nothing was replaced."
+        "hint: free some space or choose another folder; nothing was replaced."
     )
 
 

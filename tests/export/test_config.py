@@ -313,3 +313,14 @@ def test_options_that_mean_nothing_are_refused(options: dict[str, Any], texts: t
 def test_options_that_no_build_understands_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
         change(PLAIN, **options)
+
+
+def test_bundles_of_two_runs_have_two_names(tmp_path: Path) -> None:
+    """Checkpoints are called `last` in every run of our trainer."""
+    for run in ("first", "second"):
+        (tmp_path / run / "checkpoints").mkdir(parents=True)
+        (tmp_path / run / "run.json").write_text("{}")
+        config = BuildConfig(checkpoint=tmp_path / run / "checkpoints" / "last.safetensors")
+        assert config.target == Path(f"{run}-last.bundle")
+    (tmp_path / "first" / "run.json").unlink()
+    assert BuildConfig(checkpoint=tmp_path / "first" / "checkpoints" / "last.safetensors").target == Path("last.bundle")

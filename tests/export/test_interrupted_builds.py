@@ -130,7 +130,7 @@ def test_a_file_that_does_not_fit_leaves_nothing(
     with file_size_limit(limit), pytest.raises(StorageError, match=r"cannot write .*policy\.bundle") as caught:
         build(config)
     assert "got:      File too large" in str(caught.value)
-    assert "hint: free some space or choose another folder (--out); nothing was replaced." in str(caught.value)
+    assert "hint: free some space or choose another folder; nothing was replaced." in str(caught.value)
     assert left_over(tmp_path) == (["policy.bundle"] if existing else [])
     assert contents(tmp_path) == before
 

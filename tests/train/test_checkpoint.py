@@ -259,9 +259,10 @@ def test_a_base_that_is_not_found_is_asked_for(upstream: SyntheticFiles, tmp_pat
     shutil.copy(upstream.checkpoint, path)
     with pytest.raises(BaseWeightsError) as caught:
         load(path)
+    folders = [str(folder / "base") for folder in path.parents[:3]]
     assert str(caught.value) == (
         "the base model of policy.ckpt was not found\n"
-        "  got:      'base' does not exist here; widths in the checkpoint {'vision': 48, 'text': 64}\n"
+        f"  got:      no Kosmos-2 in {', '.join(folders)}; widths in the checkpoint {{'vision': 48, 'text': 64}}\n"
         "  expected: that directory, or the widths of microsoft/kosmos-2-patch14-224 {'vision': 1024, 'text': 2048}\n"
         "\n"
         "hint: pass the Kosmos-2 directory (config.json, tokenizer.json) with --base DIR."

@@ -235,3 +235,35 @@ def test_a_policy_that_only_turns_is_not_judged_by_directions(
     assert found["direction_accuracy"] is found["majority"] is found["swapped_words"]["direction_accuracy"] is None
     assert found["sign_accuracy"]["angular_z"]["value"] >= 0
     assert "no direction accuracy without linear_x or linear_y" in found["missed"][0]
+
+
+def test_episodes_of_the_training_set_are_called_so(
+    run_files: RunFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint of a run lies two folders below the run's split."""
+    path = checkpoint(run_files, tmp_path, {})
+    names = sorted(each.name for each in run_files.episodes.iterdir())
+    split = tmp_path / "runs" / "a" / "split.json"
+    placed = split.parent / "checkpoints" / "last.safetensors"
+    placed.parent.mkdir(parents=True)
+    path.rename(placed)
+    save_split(split, Split(train=tuple(names[2:]), val=tuple(names[:2])))
+    arguments = [str(EVALUATE), str(placed), str(run_files.episodes), "--json"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert evaluate_main() == 0
+    assert "6 of 8 episodes are what this policy was trained on" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*arguments, "--split", str(split)])
+    assert evaluate_main() == 0
+    assert "trained on" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["p.gifx", "no/p.png", "p"])
+def test_a_plot_that_cannot_be_is_said_before_any_work(
+    run_files: RunFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    monkeypatch.setattr("train.evaluate.evaluate", lambda *_, **__: pytest.fail("played"))
+    monkeypatch.setattr(
+        sys, "argv", [str(EVALUATE), "none.safetensors", str(run_files.episodes), "--plot", str(tmp_path / name)]
+    )
+    assert evaluate_main() == 1
+    assert "cannot plot to" in capsys.readouterr().err

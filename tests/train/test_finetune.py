@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -11,14 +12,18 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
+from bundle.errors import ConfigError
 from tests.train.runs import RunFiles
+from train.launch import launch
 from train.ledger import read_run, verify_checkpoints
 from train.run_log import read_steps
 from train.split import Split, save_split
@@ -262,3 +267,25 @@ def test_json_and_exit_codes(run_files: RunFiles, tmp_path: Path) -> None:
     assert "does not exist" in err
     code, _, _ = finish(start())
     assert code == 2
+
+
+def test_the_line_to_go_on_with_names_this_run(
+    run_files: RunFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without its settings it would go on with another one."""
+    from train import finetune
+
+    config = run_files.config(tmp_path / "a run.json")
+    outcome = SimpleNamespace(status="stopped", best=None, last=None)
+    options = finetune.FinetuneConfig(config, set=("name=third", "base.model=my base"))
+    finetune._print_result(SimpleNamespace(outcome=outcome, folder="runs/third"), options)  # type: ignore[arg-type]
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert shlex.split(line.partition("\t")[2])[2:] == [
+        str(config), "--set", "name=third", "--set", "base.model=my base", "--resume",
+    ]  # fmt: skip
+
+
+def test_a_dry_run_of_a_resume_looks_at_the_run(run_files: RunFiles, tmp_path: Path) -> None:
+    config = run_files.config(tmp_path / "run.json")
+    with pytest.raises(ConfigError, match="there is no run to resume"):
+        launch(config, console=Console(quiet=True), resume=True, dry_run=True)

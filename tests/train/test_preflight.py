@@ -19,13 +19,15 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from bundle.errors import ConfigError
+from tests.ledgers import facts
 from tests.train.test_run_config import config
 from tests.training_data import LEFT, RIGHT, episode, write_v1
 from train import preflight_checks as checks
 from train.data_facts import axis_facts, class_facts, instruction_facts, part_facts
+from train.ledger import Ledger
 from train.load_config import LoadedConfig, Notes, load_run_config
 from train.preflight import DiskFacts, Plan, preflight
-from train.preflight_files import LEDGER_NAME, Problem, file_problems, refuse, require_files
+from train.preflight_files import Problem, file_problems, refuse, require_files
 from train.preflight_view import render
 from train.run_setup import Gathered, gather
 from train.synthetic import SyntheticFiles
@@ -142,11 +144,14 @@ class TestPlan:
 
     def test_an_earlier_run(self, planned: tuple[LoadedConfig, Gathered, Plan]) -> None:
         loaded, gathered, _ = planned
-        gathered.folder.mkdir(parents=True)
-        (gathered.folder / LEDGER_NAME).write_text("{}")
+        ledger = Ledger.start(gathered.folder, **facts())
+        ledger.stop("for a while")
         try:
             assert "warning: a run of this name exists" in text_of(preflight(loaded, gathered, device="cpu").problems)
             assert preflight(loaded, gathered, device="cpu", resume=True).problems == ()
+            Ledger.resume(gathered.folder, **facts(), from_step=0).finish()
+            with pytest.raises(ConfigError, match="is finished: 0 epochs"):
+                preflight(loaded, gathered, device="cpu", resume=True)
             with pytest.raises(ConfigError, match="a run of this name exists"):
                 preflight(loaded, gathered, device="cpu", resume=False)
         finally:
