@@ -115,6 +115,7 @@ class _Run:
 
     def phases(self, plan: Callable[[Policy, int], Plan | None]) -> None:
         """One after the other."""
+        self.found.plan = plan(self._policy, self.found.told.sequence)
         self._steps()
         if self._ask.ticks:
             self._loop()
@@ -122,7 +123,6 @@ class _Run:
             self._drive()
         if self._ask.minutes:
             self._soak()
-        self.found.plan = plan(self._policy, self.found.told.sequence)
         self._baselines()
 
     def _tell(self) -> Told:

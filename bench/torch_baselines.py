@@ -111,37 +111,40 @@ def _model(task: dict[str, Any], dtype: torch.dtype) -> Any:
 
 
 def dimensions(folder: Path) -> Kosmos2Config:
-    """Of the model that a bundle was made from; the widths between the two layers of a block stand in its graphs alone."""
-    import onnx
+    """Of the model that a bundle was made from; the widths between the two layers of a block stand in its graphs alone.
 
+    Raises:
+        NotHereError: they do not.
+    """
     manifest = Manifest.load(folder)
     dims = manifest.dimensions
-    wide = {}
-    for stage in ("vision", "language"):
-        graph = manifest.stages[stage].graphs[0]
-        model = onnx.load(str(folder / graph.file), load_external_data=False)
-        wide[stage] = next(
-            max(tensor.dims) if tensor.dims[0] != tensor.dims[1] else tensor.dims[0]
-            for tensor in model.graph.initializer
-            if tensor.name == "layers.0/fc1.weight"
-        )
+    inner = {name: _ffn_width(folder / manifest.stages[name].graphs[0].file) for name in ("vision", "language")}
     return Kosmos2Config(
         text_config={
             "vocab_size": dims.vocab_size,
             "embed_dim": dims.embed_dim,
             "layers": dims.text_layers,
             "attention_heads": dims.text_heads,
-            "ffn_dim": int(wide["language"]),
+            "ffn_dim": inner["language"],
         },
         vision_config={
             "hidden_size": dims.vision_width,
             "num_hidden_layers": dims.vision_layers,
             "num_attention_heads": dims.vision_heads,
-            "intermediate_size": int(wide["vision"]),
+            "intermediate_size": inner["vision"],
             "image_size": dims.image_size,
         },
         latent_query_num=dims.image_tokens,
     )
+
+
+def _ffn_width(graph: Path) -> int:
+    import onnx
+
+    for tensor in onnx.load(str(graph), load_external_data=False).graph.initializer:
+        if tensor.name == "layers.0/fc1.weight":
+            return int(tensor.dims[0])
+    raise NotHereError(f"{graph.name} does not tell the model's dimensions: pass --checkpoint")
 
 
 def _through_onnxruntime(step: _Forward, inputs: tuple[Tensor, ...], threads: int) -> Callable[[], object]:
