@@ -22,9 +22,12 @@ from bench.results import Fact, Fingerprint, Loop, Plan, Result, Timing, read_re
 from bench.session import run
 from bench.verdict import judge
 from bundle.errors import BackendError, ConfigError, EpisodeError
+from bundle.manifest import Manifest
 from episodes.synthetic import write_synthetic
+from runtime.backends.fake_gpu import DESKTOP
 from runtime.policy import Policy
 from tests.bundles import Tiny, make_bundle
+from tests.engines import fake_backend
 
 KNOWN = "go to the basket on the left"
 
@@ -246,3 +249,15 @@ def test_reasons() -> None:
         "the harness itself takes 0.50 ms a step",
         "p99 of 20 samples is close to their maximum: more --steps tell more about the tail",
     )
+
+
+@pytest.mark.fake_gpu
+def test_on_a_gpu_the_engines_are_timed_by_their_own_events(tmp_path: Path) -> None:
+    folder = make_bundle(tmp_path / "tiny.bundle", Tiny())
+    backend, gpu = fake_backend(folder, DESKTOP, "10.3.0")
+    policy = Policy(folder, Manifest.load(folder), backend)
+    result = run(ask(), folder, policy, drawn_feed(policy.manifest, height=48, width=64), Screen(), backend="trt")
+    stages = [result.sections[name].samples for name in ("vision", "language", "action_head")]
+    np.testing.assert_allclose(result.layers["engine"].samples, np.sum(stages, axis=0))
+    assert gpu.calls.count("elapsed_ms") >= 3 * 12
+    assert result.bundle.backend == "trt"
