@@ -3,7 +3,8 @@
 A peak is processors x clock x operations a clock, so that a power mode, which changes clocks and switches processors off, changes the
 peak in the only honest way. tests/bench/test_devices.py compares the products with the rates that vendors publish. Every row says where
 its clock comes from: `datasheet`, `nvpmodel` (the mode table of the module as read on one), `guide` (NVIDIA's Jetson Linux developer
-guide, not read on a module), `vendor` (the published boost clock). Sparse rates are not used: nothing here is sparse. See docs/planning.md.
+guide, neither re-read nor seen on a module), `vendor` (the published boost clock). Sparse rates are not used: nothing here is sparse.
+See docs/planning.md.
 """
 
 from __future__ import annotations

@@ -184,13 +184,16 @@ class _Prober:
 
     def short_ms(self, shapes: tuple[tuple[int, int, int, int], ...], precision: Precision) -> float:
         """Milliseconds of products right after another session, which leaves cold caches and threads that still wait for work."""
-        # One row would not do: not every library spreads it over its threads, and idle threads wait for nothing.
-        before = probe_graphs.linear(_ROWS_BEFORE, 4096, 2048, "fp32", cold_bytes=_STREAMED // 4)
+        assert self._streaming is not None, "stream first"
+        streaming, weights, _ = self._streaming
+        # Streaming empties the caches, but not every library spreads one row over its threads: many rows leave them waiting.
+        before = probe_graphs.linear(_ROWS_BEFORE, 4096, 2048, "fp32")
         session = self._load(before)
         graph = probe_graphs.linears(shapes, precision)
         stage = self._load(graph)
         spent = []
         for _ in range(_HANDOVERS):
+            streaming.run(weights)
             session.run(before.feeds)
             begin = time.perf_counter()
             stage.run(graph.feeds)
