@@ -46,14 +46,14 @@ class Measured:
         sections: see SECTIONS; those that the chain could not tell apart are missing.
         layers: engine, io, step; engine is missing where the chain cannot tell.
         faults: pages that the system had to provide while measuring.
-        blocks: Python objects that were there afterwards and not before.
+        blocks: Python objects that stayed after a step of the second half, in the mean; the first fills caches.
         seconds: it took, for energy.
     """
 
     sections: dict[str, NDArray[np.float64]]
     layers: dict[str, NDArray[np.float64]]
     faults: int
-    blocks: int
+    blocks: float
     seconds: float
 
     @property
@@ -114,8 +114,14 @@ def measure_steps(
         policy.step(feed.frame(index))
         advance()
     gc.collect()
+    half = steps // 2
     before, faults, start = sys.getallocatedblocks(), _faults(), clock.now()
     for index in range(steps):
+        if index == half:
+            paused = clock.now()
+            gc.collect()
+            before = sys.getallocatedblocks()
+            start += clock.now() - paused
         frame = feed.frame(index)
         begin = clock.now()
         chunk = policy.step(frame)
@@ -126,10 +132,12 @@ def measure_steps(
     seconds = clock.now() - start
     del chunk
     gc.collect()
-    return summarize(samples, faults=_faults() - faults, blocks=sys.getallocatedblocks() - before, seconds=seconds)
+    return summarize(
+        samples, faults=_faults() - faults, blocks=(sys.getallocatedblocks() - before) / (steps - half), seconds=seconds
+    )
 
 
-def summarize(samples: Samples, *, faults: int = 0, blocks: int = 0, seconds: float = 0.0) -> Measured:
+def summarize(samples: Samples, *, faults: int = 0, blocks: float = 0.0, seconds: float = 0.0) -> Measured:
     """Layers and sections of the samples so far; at least one."""
     found = samples.arrays()
     wall = found.pop("wall")
@@ -219,7 +227,7 @@ def measure_memory(policy: Steps, feed: Feed, measured: Measured, *, gpu_mb: flo
         rss_peak_mb=max(now, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6),
         gpu_mb=gpu_mb,
         python_kb_per_step=min(peaks) / 1e3,
-        blocks_per_step=measured.blocks / measured.count,
+        blocks_per_step=measured.blocks,
         page_faults_per_step=measured.faults / measured.count,
     )
 
