@@ -76,7 +76,9 @@ def test_without_torch_the_last_line_is_json(bundle: Path, tmp_path: Path) -> No
     assert 0 < summary["total_ms"]["p50"] <= summary["total_ms"]["p99"]
     result = read_result(bundle / "reports" / RESULT_NAME)
     assert result.bundle.manifest_sha256 == Policy.load(bundle, "ort:cpu").manifest.manifest_sha256
-    assert "pass --checkpoint" in (result.baselines[0].skipped or "")  # it has a process, and an interpreter, of its own
+    assert "pass --checkpoint" in (
+        result.baselines[0].skipped or ""
+    )  # it has a process, and an interpreter, of its own
     page = (bundle / "reports" / latency.REPORT_NAME).read_text()
     assert "Under 200 ms" in page
     assert "Under 200 ms" in done.stdout
