@@ -34,7 +34,7 @@ def test_a_jetson_with_one_input_rail(tmp_path: Path) -> None:
         time.sleep(0.2)
     assert used.sensor == "INA3221 VDD_IN"
     assert used.joules is not None
-    assert used.joules / used.seconds == pytest.approx(12.0, rel=0.05)
+    assert used.joules / used.seconds == pytest.approx(12.0, rel=0.3)
 
 
 def test_a_jetson_with_several(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_a_jetson_with_several(tmp_path: Path) -> None:
         time.sleep(0.1)
     assert used.sensor == "INA3221 VDD_GPU_SOC+VDD_CPU_CV"
     assert used.joules is not None
-    assert used.joules / used.seconds == pytest.approx(18.0, rel=0.1)
+    assert used.joules / used.seconds == pytest.approx(18.0, rel=0.3)
 
 
 def test_a_counter_of_joules_that_wraps(tmp_path: Path) -> None:

@@ -86,7 +86,6 @@ def test_everything_is_in_the_result_and_survives_a_file(bundle: Path, policy: P
     assert np.shape(result.drive.predicted) == np.shape(result.drive.recorded) == (9, len(result.drive.axes))
     assert (result.settings.frame_size, result.partial, result.plan) == ((48, 64), False, plan)
     assert 0 < result.start.loaded_s <= result.start.first_action_s
-    assert result.harness_ms < 0.2
     assert screen.bars["steps"] == [14, 14]
     assert screen.bars["episode"] == [9, 9]
     write_result(tmp_path / "latency.json", result)
