@@ -30,6 +30,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from bench.measure import rss_mb
 from runtime.golden import Golden
 from runtime.policy import Policy
 
@@ -90,7 +91,7 @@ def _time_steps(config: FullSizeConfig, bundle: Path) -> dict[str, Any]:
     load_s = time.perf_counter() - start
     golden = Golden.load(bundle)
     policy.reset(token_ids=[int(token) for token in golden.token_ids])
-    rss = _rss_gb()
+    rss = rss_mb() / 1e3
     eager = eager_step(config.checkpoint, config.packing, golden)
     steps: dict[str, list[float]] = {"bundle": [], "eager": []}
     sections: list[dict[str, float]] = []
@@ -122,11 +123,6 @@ def _time_steps(config: FullSizeConfig, bundle: Path) -> dict[str, Any]:
         "action_max_error": manifest.parity.action_max_error,
         "verdict": manifest.parity.verdict,
     }
-
-
-def _rss_gb() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.onnx_wire import ELEMENTS, message, number, text, value_info, varint
 from bench.roofline import Precision
 from bundle.manifest import Graph, Tensor
 
 # One probe's weights together: larger than the caches that a core has to itself.
 COLD_BYTES = 128 * 2**20
 _COPIES = 48
-_ELEMENTS = {"float32": 1, "uint8": 2, "int8": 3, "int64": 7, "float16": 10}
 _TYPES: dict[Precision, str] = {"fp32": "float32", "fp16": "float16", "int8": "uint8"}
 _SIZES: dict[Precision, int] = {"fp32": 4, "fp16": 2, "int8": 1}
 REPEATS = 8
@@ -67,7 +67,7 @@ def linears(shapes: Sequence[tuple[int, int, int, int]], precision: Precision) -
             corner = writer.add("Slice", product, writer.numbers(0, 0), writer.numbers(1, 1), writer.numbers(0, 1))
             total = writer.add("Add", total, corner) if total else corner
     return writer.finish(
-        writer.add("Cast", total, to=_ELEMENTS["float32"]),
+        writer.add("Cast", total, to=ELEMENTS["float32"]),
         feeds,
         Tensor(name="y", dtype="float32", shape=(1, 1)),
         work=sum(2.0 * m * n * k * count for m, n, k, count in shapes),
@@ -142,21 +142,21 @@ class _Writer:
 
     def add(self, op: str, *inputs: str, **attributes: int) -> str:
         output = f"t{len(self.nodes)}"
-        body = b"".join(_text(1, name) for name in inputs) + _text(2, output) + _text(4, op)
+        body = b"".join(text(1, name) for name in inputs) + text(2, output) + text(4, op)
         for name, value in attributes.items():
-            body += _field(5, _text(1, name) + _number(3, value) + _number(20, 2))
-        self.nodes.append(_field(1, body))
+            body += message(5, text(1, name) + number(3, value) + number(20, 2))
+        self.nodes.append(message(1, body))
         return output
 
     def constant(self, value: NDArray[np.generic]) -> str:
         name = f"c{self.count}"
         self.count += 1
-        dims = b"".join(_number(1, size) for size in value.shape)
-        kind = _number(2, _ELEMENTS[str(value.dtype)])
-        head = dims + kind + _text(8, name) + _varint(9 << 3 | 2) + _varint(value.nbytes)
+        dims = b"".join(number(1, size) for size in value.shape)
+        kind = number(2, ELEMENTS[str(value.dtype)])
+        head = dims + kind + text(8, name) + varint(9 << 3 | 2) + varint(value.nbytes)
         # Half a gigabyte of weights is copied once, when the file is put together.
         raw = np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
-        self.constants += [_varint(5 << 3 | 2) + _varint(len(head) + len(raw)) + head, raw]
+        self.constants += [varint(5 << 3 | 2) + varint(len(head) + len(raw)) + head, raw]
         return name
 
     def numbers(self, *values: int) -> str:
@@ -166,40 +166,11 @@ class _Writer:
         self, last: str, feeds: dict[str, NDArray[np.generic]], output: Tensor, *, work: float, glue: int = 0
     ) -> ProbeGraph:
         """`last` becomes the output; the inputs are those that are fed."""
-        self.nodes.append(_field(1, _text(1, last) + _text(2, output.name) + _text(4, "Identity")))
+        self.nodes.append(message(1, text(1, last) + text(2, output.name) + text(4, "Identity")))
         inputs = tuple(Tensor(name=name, dtype=str(array.dtype), shape=array.shape) for name, array in feeds.items())
-        values = [*(_field(11, _value_info(tensor)) for tensor in inputs), _field(12, _value_info(output))]
-        body = [*self.nodes, _text(2, "probe"), *self.constants, *values]
-        length = _varint(sum(len(part) for part in body))
-        model = b"".join([_number(1, 8), _varint(7 << 3 | 2), length, *body, _field(8, _number(2, 17))])
+        values = [*(message(11, value_info(tensor)) for tensor in inputs), message(12, value_info(output))]
+        body = [*self.nodes, text(2, "probe"), *self.constants, *values]
+        length = varint(sum(len(part) for part in body))
+        model = b"".join([number(1, 8), varint(7 << 3 | 2), length, *body, message(8, number(2, 17))])
         graph = Graph(file="probe.onnx", sequence=None, nodes=len(self.nodes), inputs=inputs, outputs=(output,))
         return ProbeGraph(model, graph, feeds, work, glue)
-
-
-def _value_info(tensor: Tensor) -> bytes:
-    shape = b"".join(_field(1, _number(1, size)) for size in tensor.shape)
-    kind = _number(1, _ELEMENTS[tensor.dtype]) + _field(2, shape)
-    return _text(1, tensor.name) + _field(2, _field(1, kind))
-
-
-# Protocol buffers' wire format: a key (field number and wire type), then a varint or a length and bytes.
-
-
-def _varint(value: int) -> bytes:
-    parts = []
-    while value > 127:
-        parts.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*parts, value])
-
-
-def _number(key: int, value: int) -> bytes:
-    return _varint(key << 3) + _varint(value)
-
-
-def _field(key: int, value: bytes) -> bytes:
-    return _varint(key << 3 | 2) + _varint(len(value)) + value
-
-
-def _text(key: int, value: str) -> bytes:
-    return _field(key, value.encode())

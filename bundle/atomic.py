@@ -68,7 +68,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         StorageError: the disk is full or read-only; an existing file stays as it was.
     """
     temporary = path.with_name(f".{path.name}.{threading.get_native_id()}.{os.getpid()}.tmp")
-    _remove_leftovers(path)
+    remove_leftovers(path)
     with disk_errors(path):
         try:
             with temporary.open("wb") as file:
@@ -105,7 +105,7 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _remove_leftovers(path: Path) -> None:
+def remove_leftovers(path: Path) -> None:
     """Remove temporary files of writers that were killed; those of living processes are theirs."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         owner = leftover.name.removesuffix(".tmp").rpartition(".")[2]

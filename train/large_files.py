@@ -6,13 +6,12 @@ is killed and resumed again and again would otherwise fill the disk with them.
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from bundle.atomic import disk_errors, publish_file
+from bundle.atomic import disk_errors, publish_file, remove_leftovers
 
 
 @contextmanager
@@ -22,7 +21,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: the disk is full; an existing file stays as it was.
     """
-    _remove_leftovers(path)
+    remove_leftovers(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with disk_errors(path):
@@ -31,11 +30,3 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # on a disk that became read-only; the first error is the one to tell
             temporary.unlink(missing_ok=True)
-
-
-def _remove_leftovers(path: Path) -> None:
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        owner = leftover.name.removesuffix(".tmp").rpartition(".")[2]
-        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
-            with suppress(OSError):
-                leftover.unlink()
