@@ -124,7 +124,7 @@ def _open(config: CheckConfig, golden: Golden, console: Console) -> tuple[list[C
     for name in config.backends:
         try:
             with console.status(f"loading {name}"):
-                policy = Policy.load(config.bundle, name)
+                policy = Policy.load(config.bundle, name, precision="float")
         except BackendError as error:
             skipped[name] = f"{error.what} ({error.got})"
             continue

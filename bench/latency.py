@@ -39,6 +39,7 @@ from bench.session import run
 from bundle.atomic import make_folder
 from bundle.errors import ConfigError, JetvlaError
 from bundle.manifest import MANIFEST_NAME
+from runtime.backends.select import PrecisionChoice
 from runtime.policy import Policy
 
 REPORT_NAME = "report.html"
@@ -55,6 +56,7 @@ class LatencyConfig:
         frame_size: height and width of drawn frames.
         instruction: what to do, if not what the episode says.
         backend: auto, trt, ort, ort:cpu, ort:cuda, ort:tensorrt, ort:tensorrt-rtx, ort:openvino or fake.
+        precision: int8 measures the bundle's INT8 variant, float what it was exported in; auto takes INT8 where it is good and fast.
         ask: what to measure.
         plan: compare with what the planner expects of this machine.
         out: folder of latency.json and report.html; by default BUNDLE/reports.
@@ -66,6 +68,7 @@ class LatencyConfig:
     frame_size: tuple[int, int] = (720, 1280)
     instruction: str | None = None
     backend: str = "auto"
+    precision: PrecisionChoice = "auto"
     ask: Annotated[Ask, tyro.conf.arg(name="")] = field(default_factory=Ask)
     plan: bool = True
     out: Path | None = None
@@ -112,7 +115,9 @@ def measure(config: LatencyConfig, console: Console) -> tuple[Result, Path]:
     bundle = config.bundle.parent if config.bundle.name == MANIFEST_NAME else config.bundle
     folder, threads = config.out or bundle / "reports", config.ask.threads
     with console.status("loading the bundle"):
-        policy = Policy.load(bundle, config.backend, verify=not config.skip_hashes, threads=threads)
+        policy = Policy.load(
+            bundle, config.backend, precision=config.precision, verify=not config.skip_hashes, threads=threads
+        )
     if config.episode is not None:
         feed = episode_feed(config.episode, instruction=config.instruction)
     else:
@@ -140,6 +145,7 @@ def _summary(result: Result, folder: Path) -> dict[str, Any]:
         "outcome": result.verdict.outcome,
         "partial": result.partial,
         "backend": result.bundle.backend,
+        "precision": result.bundle.precision,
         "steps": total.count,
         "total_ms": {name: getattr(total, name) for name in ("p50", "p90", "p95", "p99", "p99_9", "max")},
         "sections_ms": {name: timing.p50 for name, timing in result.sections.items()},

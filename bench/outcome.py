@@ -116,10 +116,10 @@ def result_of(
 def fallbacks(asked: str, policy: Policy) -> tuple[str, ...]:
     """Why the backend is not the one that should have run."""
     found = [f"{policy.backend} runs because another backend failed: {why}" for why in policy.failed_backends]
-    if asked in ("auto", "ort") and policy.backend == "ort:cpu" and not found:
+    if asked in ("auto", "ort") and policy.backend in ("ort:cpu", "ort:openvino") and not found:
         with open_nvml() as gpu:
             if gpu.name:
-                found.append(f"ort:cpu runs although there is a GPU ({gpu.name})")
+                found.append(f"{policy.backend} runs although there is a GPU ({gpu.name})")
     return tuple(found)
 
 

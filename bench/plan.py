@@ -180,7 +180,7 @@ def check(config: PlanConfig, path: Path, console: Console, out: Console) -> tup
     work, sequence = workload_of(manifest, path.name), golden_bucket(manifest, golden)
     mixtures = parse_precisions(None, manifest)
     with console.status(escape(f"running {path}")) as status:
-        policy = Policy.load(path, config.backend, verify=False, threads=config.threads)
+        policy = Policy.load(path, config.backend, precision="float", verify=False, threads=config.threads)
         try:
             before = run_stages(policy, golden, config.steps)
             status.update("probing")

@@ -172,5 +172,6 @@ class _Writer:
         body = [*self.nodes, text(2, "probe"), *self.constants, *values]
         length = varint(sum(len(part) for part in body))
         model = b"".join([number(1, 8), varint(7 << 3 | 2), length, *body, message(8, number(2, 17))])
-        graph = Graph(file="probe.onnx", sequence=None, nodes=len(self.nodes), inputs=inputs, outputs=(output,))
+        nodes = len(self.nodes)
+        graph = Graph(file="probe.onnx", form="portable", sequence=None, nodes=nodes, inputs=inputs, outputs=(output,))
         return ProbeGraph(model, graph, feeds, work, glue)

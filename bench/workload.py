@@ -115,6 +115,9 @@ def workload_of(manifest: Manifest, name: str = "bundle") -> Workload:
     notes = []
     for stage, field, width in (("vision", "vision_ffn", dims.vision_width), ("language", "text_ffn", dims.embed_dim)):
         entry = manifest.stages[stage]
+        if entry.precision == "int8":  # its weight file is a mixture
+            notes.append(f"{stage}: a feed-forward width of {_FFN_RATIOS[0]} times its input is assumed")
+            continue
         size = 2 if entry.precision == "fp16" else 4
         for ratio in _FFN_RATIOS:
             widths = {"vision_ffn": draft.vision_ffn, "text_ffn": draft.text_ffn, field: ratio * width}

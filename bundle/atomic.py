@@ -169,10 +169,8 @@ def staged_directory(target: Path) -> Iterator[Path]:
     """
     target = target.resolve()  # a link keeps pointing to the directory, which gets the new content
     refuse_foreign(target)
+    recover(target)
     prefix = f".{target.name}.building-"
-    for aside in target.parent.glob(f"{glob.escape(prefix)}*-old"):
-        if not target.exists():  # killed between two renames
-            os.rename(aside, target)
     for leftover in target.parent.glob(f"{glob.escape(prefix)}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     staging = target.parent / f"{prefix}{os.getpid()}"
@@ -184,6 +182,14 @@ def staged_directory(target: Path) -> Iterator[Path]:
             _publish(staging, target)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def recover(target: Path) -> None:
+    """Give a directory its name back if a writer was killed between two renames. Call it inside `exclusive(target)`."""
+    target = target.resolve()
+    for aside in target.parent.glob(f".{glob.escape(target.name)}.building-*-old"):
+        if not target.exists():
+            os.rename(aside, target)
 
 
 def refuse_foreign(target: Path) -> None:

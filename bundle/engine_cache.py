@@ -2,7 +2,8 @@
 
     BUNDLE/engines/<fingerprint>/<stage>[.s<length>].<key>.engine    what TensorRT serialized
     BUNDLE/engines/<fingerprint>/<stage>[.s<length>].<key>.json      its record: content, machine, settings, hash
-    BUNDLE/engines/<fingerprint>/timing.cache, parity.json           what TensorRT measured; what the engines were proved with
+    BUNDLE/engines/<fingerprint>/timing.cache                        what TensorRT measured
+    BUNDLE/engines/<fingerprint>/parity.json, parity.int8.json       what the engines were proved with
 
 Engines are not in the manifest, because they are made later and elsewhere: on the robot. So each carries its record, written after it;
 an engine without one is the leftover of a killed build. A record says which graph and weights the engine was made of (`content`), so
@@ -30,7 +31,8 @@ from bundle.manifest import Graph, Manifest, Tensor
 ENGINES = "engines"
 TIMING_CACHE = "timing.cache"
 ENGINE_PARITY = "parity.json"
-_CACHES = (TIMING_CACHE, ENGINE_PARITY)
+ENGINE_PARITY_INT8 = "parity.int8.json"
+_CACHES = (TIMING_CACHE, ENGINE_PARITY, ENGINE_PARITY_INT8)
 # What may lie beside an engine, by suffix: its record, its layers after fusion (for people), kernels compiled when it was loaded.
 _COMPANIONS = (".json", ".layers", ".jit")
 _RECORD_SCHEMA = 1
@@ -129,7 +131,7 @@ def engine_key(content: str, fingerprint: str, settings: EngineSettings) -> str:
 
 
 def graphs(manifest: Manifest) -> Iterator[tuple[str, Graph]]:
-    """All graphs of a bundle, each one engine: (stage, graph)."""
+    """All graphs of a bundle, or of its INT8 view, each one engine: (stage, graph)."""
     for stage in ("vision", "language", "action_head"):
         for graph in manifest.stages[stage].graphs:
             yield stage, graph
@@ -149,6 +151,12 @@ def fingerprint_folder(bundle: Path, fingerprint: str) -> Path:
             hint="list the engines with export/engines.py list BUNDLE.",
         )
     return bundle / ENGINES / fingerprint
+
+
+def parity_file(bundle: Path, manifest: Manifest, fingerprint: str) -> Path:
+    """What the engines of a bundle, or of its INT8 view, were proved with on that machine."""
+    name = ENGINE_PARITY_INT8 if manifest.precision == "int8" else ENGINE_PARITY
+    return fingerprint_folder(bundle, fingerprint) / name
 
 
 def find(bundle: Path, fingerprint: str, key: str, stage: str, sequence: int | None) -> EngineRecord | None:
@@ -208,8 +216,12 @@ def publish(bundle: Path, temporary: Path, record: EngineRecord) -> None:
 
 
 def survey(bundle: Path, manifest: Manifest) -> list[Found]:
-    """Everything under engines/ but TensorRT's caches, by name; sizes are checked, hashes are not."""
-    live = {content_key(manifest, stage, graph) for stage, graph in graphs(manifest)}
+    """Everything under engines/ but TensorRT's caches, by name; sizes are checked, hashes are not.
+
+    Args:
+        manifest: the bundle's, not a view: engines of both its precisions are of use.
+    """
+    live = _live(manifest)
     found = []
     for path in sorted((bundle / ENGINES).glob("*/*")):
         if path.name in _CACHES or not path.is_file():
@@ -242,7 +254,7 @@ def carry_over(old: Path, new: Path, manifest: Manifest) -> int:
     Returns:
         How many engines.
     """
-    live = {content_key(manifest, stage, graph) for stage, graph in graphs(manifest)}
+    live = _live(manifest)
     count = 0
     for path in sorted((old / ENGINES).glob("*/*")):
         record = _read(path.with_suffix(".json")) if path.suffix == ".engine" else None
@@ -259,6 +271,12 @@ def carry_over(old: Path, new: Path, manifest: Manifest) -> int:
 def new_record(**fields: object) -> EngineRecord:
     """A record of the present schema."""
     return msgspec.convert({"schema": _RECORD_SCHEMA, **fields}, EngineRecord)
+
+
+def _live(manifest: Manifest) -> set[str]:
+    """Content keys of all engines that the bundle could use, in floating point and in INT8."""
+    views = [manifest] if manifest.quantized is None else [manifest, manifest.int8()]
+    return {content_key(view, stage, graph) for view in views for stage, graph in graphs(view)}
 
 
 def _judge(bundle: Path, path: Path, live: set[str]) -> Found:

@@ -54,6 +54,10 @@ class ExportError(JetvlaError):
     """A stage that could not be turned into a valid graph."""
 
 
+class CalibrationError(JetvlaError):
+    """A bundle that cannot be quantized as asked: no INT8 form stays within the budget, or the data does not fit it."""
+
+
 class ParityError(JetvlaError):
     """An engine that does not do what the checkpoint does."""
 
@@ -102,6 +106,10 @@ class BackendError(JetvlaError):
 
 class EngineError(BackendError):
     """A TensorRT engine that is absent, corrupt, or made for another machine, version or bundle."""
+
+
+class NoEnginesError(EngineError):
+    """A bundle without engines for this machine; other engines of it may well be there."""
 
 
 class EngineBuildError(ExportError):

@@ -20,11 +20,15 @@ from bundle.atomic import write_bytes
 from bundle.errors import BundleError, BundleVersionError
 from bundle.hashing import sha256_file
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST_NAME = "manifest.json"
 
+_STAGES = ("vision", "language", "action_head")
+
 Packing = Literal["upstream", "fork_overwrite"]
-Precision = Literal["fp32", "fp16"]
+FloatPrecision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "int8"]
+Form = Literal["portable", "ort-cpu", "openvino"]
 HeadKind = Literal["actions_gripper", "velocities", "classes"]
 Verdict = Literal["PASS", "WARN", "FAIL"]
 
@@ -136,9 +140,14 @@ class Tensor(_Strict, frozen=True):
 
 
 class Graph(_Strict, frozen=True):
-    """One ONNX file of a stage. `sequence` is the bucket it was built for (language stage only)."""
+    """One ONNX file of a stage. `sequence` is the bucket it was built for (language stage only).
+
+    `form` says who runs it best: `portable` is plain ONNX for everybody; `ort-cpu` and `openvino` have the same integers written in the way
+    that those two execute fast (calib/rewrite.py says what and why).
+    """
 
     file: str
+    form: Form
     sequence: int | None
     nodes: int
     inputs: tuple[Tensor, ...]
@@ -177,8 +186,58 @@ class Parity(_Strict, frozen=True):
     action_max_error: float
 
 
+class Measured(_Strict, frozen=True):
+    """How long a step took on the machine that quantized the bundle: median of one run in which all took turns."""
+
+    backend: str
+    precision: Precision
+    step_ms: float
+
+
+class Quantized(_Strict, frozen=True):
+    """The INT8 variant of a bundle, made by calib/quantize.py.
+
+    Attributes:
+        stages: those with INT8 parts; the others are the bundle's own.
+        calibration_sha256: id of the calibration frames (pixels and instructions).
+        calibration_frames: how many.
+        random: calibrated on made-up pictures; its accuracy means nothing, and it is run only when it is named.
+        method: how ranges were chosen and how far activations were smoothed.
+        assignment: precision of every block that could be INT8.
+        budget, action_error, frames: largest action error allowed and found on held-out frames, in the head's units.
+        verdict: of the acceptance; a FAIL is not published.
+        golden_cosine, golden_error: what the golden step gives, so that a backend is held to what INT8 explains.
+        machine: CPU (or GPU) of the measurement.
+        measured: the fastest first.
+    """
+
+    stages: dict[str, Stage]
+    calibration_sha256: str
+    calibration_frames: int
+    random: bool
+    method: str
+    assignment: dict[str, Precision]
+    budget: float
+    action_error: float
+    frames: int
+    verdict: Verdict
+    golden_cosine: float
+    golden_error: float
+    machine: str
+    measured: tuple[Measured, ...]
+
+    @property
+    def trusted(self) -> bool:
+        """May be run without being named."""
+        return self.verdict != "FAIL" and not self.random
+
+
 class Manifest(_Strict, frozen=True):
-    """The contract of one bundle. Read with `Manifest.load`, check the files with `verify`."""
+    """The contract of one bundle. Read with `Manifest.load`, check the files with `verify`.
+
+    `precision` and `stages` are those of the floating-point policy; `int8` gives the view of the quantized one. `fps` is the cadence of the
+    training frames, null where the checkpoint does not tell.
+    """
 
     schema: int
     jetvla: str
@@ -189,8 +248,10 @@ class Manifest(_Strict, frozen=True):
     x_attn_causal_source: str
     prompt: Prompt
     preprocessing: Preprocessing
+    fps: float | None
     action: Action
     stages: dict[str, Stage]
+    quantized: Quantized | None
     files: dict[str, File]
     parity: Parity
     manifest_sha256: str = ""
@@ -247,10 +308,10 @@ class Manifest(_Strict, frozen=True):
         return manifest
 
     def _check_names(self, origin: Path) -> None:
-        """Every file that a stage names must have an integrity record, and lie inside the bundle."""
-        named = {graph.file for stage in self.stages.values() for graph in stage.graphs}
-        named |= {stage.weights for stage in self.stages.values()} | {"golden.npz", "token_embedding.npy"}
-        missing = sorted({"vision", "language", "action_head"} - set(self.stages))
+        """Every part of a policy must be there; every file that a stage names must have an integrity record, and lie inside the bundle."""
+        self._check_int8(origin)
+        named = self.all_stage_files() | {"golden.npz", "token_embedding.npy"}
+        missing = sorted(set(_STAGES) - set(self.stages))
         if not missing:
             built = {graph.sequence for graph in self.stages["language"].graphs}
             missing = [f"language graph of bucket {bucket}" for bucket in self.prompt.buckets if bucket not in built]
@@ -273,6 +334,31 @@ class Manifest(_Strict, frozen=True):
                 hint="rebuild the bundle with export/build_engines.py.",
             )
 
+    def _check_int8(self, origin: Path) -> None:
+        """Whatever view `int8` gives must have all its graphs, and the manifest itself must not be such a view."""
+        wrong: list[str] = []
+        if self.precision == "int8":
+            wrong.append("precision int8 of the bundle itself")
+        for name, stage in (self.quantized.stages if self.quantized is not None else {}).items():
+            if name not in _STAGES:
+                wrong.append(f"an INT8 stage {name!r}")
+                continue
+            sequences = self.prompt.buckets if name == "language" else (None,)
+            for form in ("portable", *sorted({graph.form for graph in stage.graphs} - {"portable"})):
+                built = {graph.sequence for graph in stage.graphs if graph.form == form}
+                wrong += [
+                    f"no {form} INT8 graph of {name}" + (f", bucket {sequence}" if sequence is not None else "")
+                    for sequence in sequences
+                    if sequence not in built
+                ]
+        if wrong:
+            raise BundleError(
+                f"{origin} has an INT8 variant that cannot be run",
+                got="; ".join(wrong),
+                expected=f"a bundle in floating point; INT8 graphs of {', '.join(_STAGES)}, for every bucket",
+                hint="rebuild the bundle with export/build_engines.py, then quantize it with calib/quantize.py.",
+            )
+
     def digest(self) -> str:
         """sha256 of the canonical encoding of everything but `manifest_sha256`."""
         bare = msgspec.structs.replace(self, manifest_sha256="")
@@ -289,10 +375,34 @@ class Manifest(_Strict, frozen=True):
         write_bytes(path, self.encode())
         return path
 
+    def int8(self, form: Form = "portable") -> Manifest:
+        """The INT8 policy as a manifest of its own: its stages in place of the floating-point ones, in one form.
+
+        Stages without graphs of that form keep their portable ones. Not for saving: the digest stays that of the bundle.
+
+        Raises:
+            BundleError: the bundle has no INT8 variant.
+        """
+        if self.quantized is None:
+            raise BundleError(
+                "the bundle has no INT8 variant",
+                expected="one made by calib/quantize.py",
+                hint="python calib/quantize.py BUNDLE EPISODES makes one, or leave --precision int8 out.",
+            )
+        stages = dict(self.stages)
+        for name, stage in self.quantized.stages.items():
+            graphs = tuple(graph for graph in stage.graphs if graph.form == form)
+            portable = tuple(graph for graph in stage.graphs if graph.form == "portable")
+            stages[name] = msgspec.structs.replace(stage, graphs=graphs or portable)
+        return msgspec.structs.replace(self, precision="int8", stages=stages)
+
     def stage_files(self) -> frozenset[str]:
-        """Names of all graphs and weights: what ONNX Runtime reads, and engines were made of."""
-        graphs = (graph.file for stage in self.stages.values() for graph in stage.graphs)
-        return frozenset([*graphs, *(stage.weights for stage in self.stages.values())])
+        """Names of all graphs and weights of `stages`: what ONNX Runtime reads, and engines were made of."""
+        return _names_of(self.stages)
+
+    def all_stage_files(self) -> frozenset[str]:
+        """The same, with those of the INT8 variant."""
+        return self.stage_files() | (_names_of(self.quantized.stages) if self.quantized is not None else frozenset())
 
     def verify(self, bundle: str | Path, *, without: Collection[str] = ()) -> None:
         """Hash every file of the bundle and compare (sha256, about 1.5 GB/s a core; files in parallel).
@@ -331,6 +441,11 @@ class Manifest(_Strict, frozen=True):
     def graph(self, stage: str, sequence: int | None = None) -> Graph:
         """The graph of a stage; of the language stage, the one built for bucket `sequence`."""
         return next(graph for graph in self.stages[stage].graphs if graph.sequence == sequence)
+
+
+def _names_of(stages: dict[str, Stage]) -> frozenset[str]:
+    graphs = (graph.file for stage in stages.values() for graph in stage.graphs)
+    return frozenset([*graphs, *(stage.weights for stage in stages.values())])
 
 
 def _check_size(root: Path, name: str, record: File) -> None:

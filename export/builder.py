@@ -16,9 +16,9 @@ import numpy as np
 
 from bundle import engine_cache
 from bundle.atomic import disk_errors, link_or_copy, staged_directory
-from bundle.errors import ParityError
+from bundle.errors import BundleError, ParityError
 from bundle.hashing import sha256_file
-from bundle.manifest import File, Manifest, Precision, Stage
+from bundle.manifest import File, FloatPrecision, Manifest, Stage
 from export import verification
 from export.config import BUILD_REPORT, BuildConfig, BuildReport, Input, library_versions, request_sha256
 from export.console import Reporter, human_bytes
@@ -27,7 +27,7 @@ from export.plan import EMBEDDING_WEIGHT, Plan, check_space, make_plan, merged_w
 from export.to_onnx import export_stage
 from export.verification import PARITY_REPORT, pretty_json
 from export.weights import STAGES, stage_bytes
-from runtime.policy import EMBEDDING_NAME
+from runtime.instruction import EMBEDDING_NAME
 from runtime.tokenizer import TOKENIZER_NAME
 from train.checkpoint import LoadedPolicy, load
 
@@ -78,6 +78,10 @@ def run(config: BuildConfig, reporter: Reporter) -> None:
                     stages, files = stages | again, files | written
                 verification.accept(staging, config, report, reporter)
             with reporter.step("Publish"):
+                if _has_int8(target):
+                    reporter.result(
+                        "the bundle's INT8 variant is not carried over: it was made of the old stages; calib/quantize.py makes it anew"
+                    )
                 (staging / PARITY_REPORT).write_bytes(pretty_json(report))
                 (staging / _LOG_NAME).write_text(reporter.log)
                 build_report = BuildReport(
@@ -192,7 +196,7 @@ def _export(
     config: BuildConfig,
     loaded: LoadedPolicy,
     plan: Plan,
-    precisions: Mapping[str, Precision],
+    precisions: Mapping[str, FloatPrecision],
     reporter: Reporter,
 ) -> tuple[dict[str, Stage], dict[str, File]]:
     """Write or link these stages; returns manifest entries and the records of the weight files just written."""
@@ -244,6 +248,13 @@ def _write_embedding(staging: Path, loaded: LoadedPolicy) -> None:
         for start in range(0, table.shape[0], 4096):
             file.write(table[start : start + 4096].contiguous().numpy().data)
         file.write(loaded.state["action_token"].contiguous().numpy().data)
+
+
+def _has_int8(target: Path) -> bool:
+    try:
+        return Manifest.load(target).quantized is not None
+    except BundleError:
+        return False
 
 
 def _record_files(staging: Path, known: dict[str, File]) -> dict[str, File]:

@@ -10,7 +10,7 @@ import hashlib
 import importlib.metadata
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -18,8 +18,8 @@ import msgspec
 import tyro
 
 from bundle.errors import BundleError, ConfigError
-from bundle.manifest import Manifest, Packing, Precision
-from export.engine_options import EngineOptions, will_build
+from bundle.manifest import FloatPrecision, Manifest, Packing
+from export.engine_options import EngineOptions, EnginePrecision, will_build
 from runtime.backends.ort import PROVIDERS
 
 BUILD_REPORT = "reports/build.json"
@@ -30,7 +30,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 _MAX_PROMPT = 2048
 # A build names its backend: parity is a statement about one.
 _CHOICES = {
-    "precision": (*get_args(Precision), "auto"),
+    "precision": (*get_args(FloatPrecision), "auto"),
     "packing": (*get_args(Packing), "auto"),
     "resize": ("bicubic", "bilinear", "auto"),
     "pixel_norm": ("clip", "none", "auto"),
@@ -74,7 +74,7 @@ class BuildConfig:
 
     checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CKPT")]
     out: Path | None = None
-    precision: Precision | Literal["auto"] = "auto"
+    precision: FloatPrecision | Literal["auto"] = "auto"
     promote: bool = True
     base: Path | None = None
     config: Path | None = None
@@ -140,7 +140,7 @@ class BuildConfig:
             )
 
     @property
-    def graph_precision(self) -> Precision:
+    def graph_precision(self) -> FloatPrecision:
         """`precision`, decided: fp16 is what engines are for, and slow on a CPU."""
         if self.precision == "auto":
             return "fp16" if will_build(self.engines) else "fp32"
@@ -164,14 +164,22 @@ class EnginesConfig:
     Attributes:
         engines_only: the bundle.
         engines: which ones.
+        precision: engines of the bundle's INT8 variant, or of what it was exported in; auto is INT8 if the bundle has a variant that may
+            run without being named.
         force: build also what is there.
         dry_run: print the plan and stop.
     """
 
     engines_only: Annotated[Path, tyro.conf.arg(metavar="BUNDLE")]
     engines: Annotated[EngineOptions, tyro.conf.arg(name="")] = field(default_factory=EngineOptions)
+    precision: EnginePrecision = "auto"
     force: bool = False
     dry_run: bool = False
+
+    @property
+    def options(self) -> EngineOptions:
+        """`engines` with the precision that was asked for."""
+        return self.engines if self.precision == "auto" else replace(self.engines, precision=self.precision)
 
     @property
     def bundle(self) -> Path:

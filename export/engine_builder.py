@@ -17,7 +17,7 @@ import msgspec
 
 from bundle import engine_cache
 from bundle.atomic import disk_errors, write_bytes
-from bundle.engine_cache import ENGINE_PARITY, TIMING_CACHE, EngineRecord
+from bundle.engine_cache import ENGINE_PARITY, ENGINE_PARITY_INT8, TIMING_CACHE, EngineRecord
 from bundle.errors import BundleError, EngineBuildError, EngineError, ParityError, PromptError, StorageError
 from bundle.hashing import sha256_file
 from bundle.manifest import Manifest
@@ -32,6 +32,7 @@ from export.engine_plan import (
     free_device_bytes,
     make_tasks,
     tasks_table,
+    view_to_build,
     workspace_bytes,
 )
 from export.engine_process import Progress, build_in_process
@@ -59,9 +60,11 @@ def plan_engines(bundle: Path, options: EngineOptions, reporter: Reporter) -> tu
         reporter.result(f"no engines: {machines.reason}")
         return machines, []
     manifest = Manifest.load(bundle)
-    reporter.result(machines.reason)
-    tasks = make_tasks(bundle, manifest, options, machines)
-    reporter.table(tasks_table(manifest, tasks))
+    view = view_to_build(manifest, options)
+    named = "INT8, the bundle's variant" if view.precision == "int8" else f"{view.precision}, as exported"
+    reporter.result(machines.reason if manifest.quantized is None else f"{machines.reason}; {named}")
+    tasks = make_tasks(bundle, view, options, machines)
+    reporter.table(tasks_table(view, tasks))
     return machines, tasks
 
 
@@ -83,6 +86,7 @@ def build_engines(
     if machines.tensorrt is None:
         return Outcome()
     manifest = Manifest.load(bundle)
+    view = view_to_build(manifest, options)
     reused: list[str] = []
     missing: list[EngineTask] = []
     for task in tasks:
@@ -93,11 +97,13 @@ def build_engines(
     made: dict[str, list[str]] = {"built": [], "refitted": []}
     if missing:
         with reporter.count_bar("checking graphs and weights", 1) as advance:
-            manifest.verify(bundle)  # an engine of damaged weights would be a cached error
+            # An engine of damaged weights would be a cached error; those of the other precision are not read.
+            manifest.verify(bundle, without=manifest.all_stage_files() - view.stage_files())
             advance()
-        _check_space(bundle, manifest, missing)
+        _check_space(bundle, view, missing)
+        _forget_proofs(bundle, view, missing)
     for task in missing:
-        record = _build_one(bundle, manifest, options, machines, task, reporter, build)
+        record = _build_one(bundle, view, options, machines, task, reporter, build)
         made[record.origin].append(_name(task))
     if reused:
         reporter.result(f"reused: {', '.join(reused)}")
@@ -108,8 +114,8 @@ def build_engines(
             reporter.result(
                 f"{fingerprint}: not run here, as there is no such GPU; the golden step proves the engines at their first start"
             )
-        elif missing or not (engine_cache.fingerprint_folder(bundle, fingerprint) / ENGINE_PARITY).exists():
-            _prove(bundle, manifest, machines, fingerprint, reporter)
+        elif missing or not engine_cache.parity_file(bundle, view, fingerprint).exists():
+            _prove(bundle, view, machines, fingerprint, reporter)
             verified.append(fingerprint)
     _remove_useless(bundle, manifest, tasks, reporter)
     return Outcome(tuple(made["built"]), tuple(made["refitted"]), tuple(reused), tuple(verified))
@@ -141,7 +147,8 @@ def _build_one(
     entry = manifest.stages[task.stage]
     temporary = folder / f".{task.label}.{task.key[:16]}.building"
     cache = folder / f".{TIMING_CACHE}.building"
-    source = _refit_source(bundle, task) if options.refit else None
+    # Not INT8: scales are part of its graph, and what is refitted is weights.
+    source = _refit_source(bundle, manifest, task) if options.refit and entry.precision != "int8" else None
     request = EngineRequest(
         flavour=machines.tensorrt.name if machines.tensorrt else "trt",
         label=task.label,
@@ -198,13 +205,20 @@ def _build_one(
     return record
 
 
-def _refit_source(bundle: Path, task: EngineTask) -> EngineRecord | None:
-    """The newest refittable engine of the same place and machine, of any weights."""
+def _refit_source(bundle: Path, manifest: Manifest, task: EngineTask) -> EngineRecord | None:
+    """The newest refittable engine of the same place and machine, of any weights, but not one of the bundle's INT8 stages."""
+    view = manifest if manifest.quantized is None else manifest.int8()
+    int8 = {
+        engine_cache.content_key(view, stage, graph)
+        for stage, graph in engine_cache.graphs(view)
+        if view.stages[stage].precision == "int8"
+    }
     found = [
         item.record
         for item in engine_cache.survey(bundle, Manifest.load(bundle))
         if item.record is not None
         and item.state != "broken"
+        and item.record.content not in int8
         and item.record.settings == task.settings
         and item.record.fingerprint == task.fingerprint
         and (item.record.stage, item.record.sequence) == (task.stage, task.graph.sequence)
@@ -251,7 +265,7 @@ def _prove(bundle: Path, manifest: Manifest, machines: Machines, fingerprint: st
         reporter.warn("the bundle has no recorded reference: the golden step alone proves its engines, at every start.")
         return
     recording = Recording.load(bundle)
-    report_path = engine_cache.fingerprint_folder(bundle, fingerprint) / ENGINE_PARITY
+    report_path = engine_cache.parity_file(bundle, manifest, fingerprint)
     report_path.unlink(missing_ok=True)
     frames = sum(len(episode.frames) for episode in recording.episodes)
     with reporter.count_bar(f"engines: {fingerprint}", frames) as advance:
@@ -277,17 +291,39 @@ def _prove(bundle: Path, manifest: Manifest, machines: Machines, fingerprint: st
     for reason in report.reasons:
         reporter.warn(reason)
     if report.verdict == "FAIL":
-        while records := engine_cache.newest(bundle, manifest, fingerprint):  # older ones must not step in unproved
-            for record in records.values():
+        while records := _refuted(bundle, manifest, fingerprint):  # older ones must not step in unproved
+            for record in records:
                 (bundle / record.file).with_suffix(".json").unlink(missing_ok=True)
         raise ParityError(
             "the TensorRT engines do not do what the checkpoint does",
             got="; ".join(report.reasons),
-            expected=f"at least WARN for {manifest.precision}",
+            expected="PASS for int8" if manifest.precision == "int8" else f"at least WARN for {manifest.precision}",
             hint="the engines will not be loaded; the bundle still runs with --backend ort. "
             "Try --optimization-level 2, or a bundle of --precision fp32, and report it with TensorRT's version.",
         )
     write_bytes(report_path, msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+
+
+def _refuted(bundle: Path, manifest: Manifest, fingerprint: str) -> list[EngineRecord]:
+    """Engines that a failed proof speaks against: all that took part, but for those that were proved in the other precision."""
+    records = engine_cache.newest(bundle, manifest, fingerprint)
+    other = ENGINE_PARITY if manifest.precision == "int8" else ENGINE_PARITY_INT8
+    proved = (engine_cache.fingerprint_folder(bundle, fingerprint) / other).exists()
+    return [record for (stage, _), record in records.items() if not (proved and _is_shared(manifest, stage))]
+
+
+def _forget_proofs(bundle: Path, manifest: Manifest, missing: list[EngineTask]) -> None:
+    """Engines that are about to be built anew were never proved: killed before they are, they must not look as if they had been."""
+    for task in missing:
+        folder = engine_cache.fingerprint_folder(bundle, task.fingerprint)
+        engine_cache.parity_file(bundle, manifest, task.fingerprint).unlink(missing_ok=True)
+        for name in (ENGINE_PARITY, ENGINE_PARITY_INT8) if _is_shared(manifest, task.stage) else ():
+            (folder / name).unlink(missing_ok=True)
+
+
+def _is_shared(manifest: Manifest, stage: str) -> bool:
+    """The stage's engines serve the INT8 policy and the floating-point one."""
+    return manifest.quantized is not None and stage not in manifest.quantized.stages
 
 
 def _fitting(policy: Policy, recording: Recording) -> Recording:
@@ -305,14 +341,15 @@ def _remove_useless(bundle: Path, manifest: Manifest, tasks: list[EngineTask], r
 
     The runtime takes the newest engine of a place, so one of other settings would run in its stead. Other machines' engines are theirs.
     """
-    wanted = {(task.fingerprint, task.stage, task.graph.sequence): task.key for task in tasks}
+    # By content: an engine of the other precision has the same place, and is not superseded by one of this.
+    wanted = {(task.fingerprint, task.content): task.key for task in tasks}
     fingerprints = {task.fingerprint for task in tasks}
     freed = 0
     for found in engine_cache.survey(bundle, manifest):
         if found.path.parent.name not in fingerprints:
             continue
         record = found.record
-        place = None if record is None else (record.fingerprint, record.stage, record.sequence)
+        place = None if record is None else (record.fingerprint, record.content)
         superseded = record is not None and place in wanted and wanted[place] != record.key
         if found.state != "current" or superseded:
             freed += engine_cache.remove(found)

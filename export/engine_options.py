@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import tyro
 
 from bundle.errors import ConfigError, DeviceError
 from runtime.gpu import Device, open_cuda
 from runtime.tensorrt_flavour import installed
+
+EnginePrecision = Literal["auto", "float", "int8"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class EngineOptions:
         workspace_mb: scratch memory that kernels may use; by default from what is free.
         refit: build engines whose weights can be replaced, and replace instead of building where that is possible.
         bucket: sequence length of the language stage to build for; by default all of the bundle's. Repeatable.
+        precision: of which stages; auto is the INT8 variant if the bundle has one that may run without being named. `--precision` of
+            `--engines-only` sets it; a build's own `--precision` is that of the export, which has no INT8 variant yet.
     """
 
     tensorrt: Literal["auto", "trt", "rtx", "off"] = "auto"
@@ -31,9 +35,17 @@ class EngineOptions:
     workspace_mb: int | None = None
     refit: bool = False
     bucket: Annotated[tuple[int, ...], tyro.conf.UseAppendAction] = ()
+    precision: tyro.conf.Suppress[EnginePrecision] = "auto"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target", tuple(name.lower() for name in self.target))
+        if self.precision not in get_args(EnginePrecision):
+            raise ConfigError(
+                "unknown precision of engines",
+                got=repr(self.precision),
+                expected=", ".join(get_args(EnginePrecision)),
+                hint="float builds what the bundle was exported in.",
+            )
         if not 0 <= self.optimization_level <= 5:
             raise ConfigError(
                 "the optimization level is not one",

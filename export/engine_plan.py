@@ -111,8 +111,23 @@ def choose_machines(options: EngineOptions) -> Machines:
     return Machines(None, device, (), "; ".join(reasons))
 
 
+def view_to_build(manifest: Manifest, options: EngineOptions) -> Manifest:
+    """The bundle as its engines are to be: its INT8 view or itself.
+
+    Raises:
+        BundleError: INT8 is asked for, and the bundle has no such variant.
+    """
+    trusted = manifest.quantized is not None and manifest.quantized.trusted
+    int8 = options.precision == "int8" or (options.precision == "auto" and trusted)
+    return manifest.int8() if int8 else manifest
+
+
 def make_tasks(bundle: Path, manifest: Manifest, options: EngineOptions, machines: Machines) -> list[EngineTask]:
-    """All engines that the bundle should have for these machines, each with its record if it is there (not yet hashed)."""
+    """All engines that the bundle should have for these machines, each with its record if it is there (not yet hashed).
+
+    Args:
+        manifest: the bundle's, or its INT8 view.
+    """
     settings = EngineSettings(
         optimization_level=options.optimization_level, refit=options.refit, code=code_sha256(_BUILD_CODE)
     )

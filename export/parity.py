@@ -15,10 +15,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from bundle.manifest import Parity, Precision, Verdict
+from bundle.manifest import Manifest, Parity, Precision, Verdict
 from bundle.recording import Episode, ReferenceStep
 from runtime.actions import denormalize
-from runtime.golden import cosine
+from runtime.golden import LEAST_COSINE, MOST_ERROR, cosine
 from runtime.policy import Policy
 
 _ORDER: tuple[Verdict, ...] = ("PASS", "WARN", "FAIL")
@@ -34,7 +34,7 @@ class Limits:
     action_error_warn: float
 
 
-# The one table of thresholds. fp32 differs by summation order only; fp16 rounds weights and activations to 11 bits.
+# The one table of thresholds. fp32 differs by summation order only; fp16 rounds weights and activations to 11 bits. INT8: see limits_of.
 LIMITS: dict[Precision, Limits] = {
     "fp32": Limits(0.999999, 0.99999, 1e-4, 1e-3),
     "fp16": Limits(0.9995, 0.999, 2e-3, 1e-2),
@@ -75,8 +75,9 @@ class ParityReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     @property
     def comfortable(self) -> bool:
-        """Passed with half of the action limit to spare: other frames than these will hardly cross it."""
-        return self.verdict == "PASS" and self.action_max_error <= LIMITS[self.precision].action_error_pass / 2
+        """Passed with half of the action limit to spare: other frames than these will hardly cross it. Never said of INT8."""
+        limits = LIMITS.get(self.precision)
+        return self.verdict == "PASS" and limits is not None and self.action_max_error <= limits.action_error_pass / 2
 
     def summary(self) -> Parity:
         """What the manifest keeps."""
@@ -88,6 +89,23 @@ class ParityReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             feature_max_error=self.feature_max_error,
             action_max_error=self.action_max_error,
         )
+
+
+def limits_of(manifest: Manifest) -> Limits:
+    """The thresholds of a manifest's precision.
+
+    INT8 has no band of its own between PASS and FAIL: how far it may be off was decided when the bundle was quantized, and engines are held
+    to what was recorded then - three times the golden step's deviation, or twice the largest action error on the held-out frames, since
+    kernels round to different sides and the recorded frames are others. Never below LEAST_COSINE or above
+    MOST_ERROR, as with the golden step.
+    """
+    if manifest.precision != "int8":
+        return LIMITS[manifest.precision]
+    quantized = manifest.quantized
+    assert quantized is not None, "Manifest.int8 makes no view without it"
+    least = max(LEAST_COSINE, 1 - 3 * (1 - quantized.golden_cosine) - 1e-4)
+    most = min(MOST_ERROR, max(3 * quantized.golden_error, 2 * quantized.action_error) + 1e-2)
+    return Limits(least, least, most, most)
 
 
 def compare(
@@ -124,15 +142,18 @@ def compare(
     # numpy's maxima keep a NaN, Python's lose it.
     action_max = float(np.max(errors))
     full_window = max(len(episode.frames) for episode in episodes) > policy.window
-    precision = policy.manifest.precision
     verdict, reasons = judge(
-        precision, feature_cosine=cosine_min, action_error=action_max, spread=spread, full_window=full_window
+        limits_of(policy.manifest),
+        feature_cosine=cosine_min,
+        action_error=action_max,
+        spread=spread,
+        full_window=full_window,
     )
     action = policy.manifest.action
     return ParityReport(
         verdict=verdict,
         reasons=reasons,
-        precision=precision,
+        precision=policy.manifest.precision,
         backend=policy.backend,
         frames=len(features),
         episodes=len(episodes),
@@ -149,10 +170,9 @@ def compare(
 
 
 def judge(
-    precision: Precision, *, feature_cosine: float, action_error: float, spread: float, full_window: bool = True
+    limits: Limits, *, feature_cosine: float, action_error: float, spread: float, full_window: bool = True
 ) -> tuple[Verdict, tuple[str, ...]]:
-    """Apply LIMITS; a NaN fails. Without more frames than a window in one episode (`full_window`), nothing passes."""
-    limits = LIMITS[precision]
+    """Apply the limits; a NaN fails. Without more frames than a window in one episode (`full_window`), nothing passes."""
     reasons = []
     verdicts: list[Verdict] = ["PASS"]
     for name, good, fair, text in (
@@ -160,7 +180,7 @@ def judge(
             "feature cosine",
             feature_cosine >= limits.feature_cosine_pass,
             feature_cosine >= limits.feature_cosine_warn,
-            f"{feature_cosine:.7f}, PASS from {limits.feature_cosine_pass}",
+            f"{feature_cosine:.7f}, PASS from {limits.feature_cosine_pass:.7g}",
         ),
         (
             "action error",

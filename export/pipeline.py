@@ -85,11 +85,11 @@ def build_engines(config: EnginesConfig, reporter: Reporter | None = None) -> Pa
     reporter = reporter or Reporter(1, quiet=True)
     Manifest.load(config.bundle).verify_sizes(config.bundle)
     if config.dry_run:
-        engine_builder.plan_engines(config.bundle, config.engines, reporter)
+        engine_builder.plan_engines(config.bundle, config.options, reporter)
         reporter.result("dry run: nothing was built.")
         return config.bundle
     with exclusive(config.bundle), reporter.step("Engines"):
-        engine_builder.build_engines(config.bundle, config.engines, reporter, force=config.force)
+        engine_builder.build_engines(config.bundle, config.options, reporter, force=config.force)
     return config.bundle
 
 

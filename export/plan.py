@@ -24,10 +24,10 @@ from bundle.manifest import (
     SCHEMA,
     Dimensions,
     File,
+    FloatPrecision,
     Instruction,
     Manifest,
     Parity,
-    Precision,
     Preprocessing,
     Prompt,
     Source,
@@ -71,6 +71,7 @@ class Plan:
 
     Attributes:
         manifest: everything but stages, files and parity.
+        precision: of the whole; that of a stage may be higher.
         keys: content key per stage and precision.
         sizes: fp32 bytes per stage.
         reusable: stages of the present bundle with a key of this plan, by stage and precision.
@@ -79,23 +80,24 @@ class Plan:
     """
 
     manifest: Manifest
+    precision: FloatPrecision
     dims: StageDims
-    keys: dict[tuple[str, Precision], str]
+    keys: dict[tuple[str, FloatPrecision], str]
     sizes: dict[str, int]
-    reusable: dict[tuple[str, Precision], Stage]
+    reusable: dict[tuple[str, FloatPrecision], Stage]
     known_files: dict[str, File]
     prompts: tuple[tuple[int, ...], ...]
     tokenizer: Path | None
 
-    def precisions(self) -> dict[str, Precision]:
+    def precisions(self) -> dict[str, FloatPrecision]:
         """The precision that each stage starts with. The action head is recurrent and small: rounding it saves nothing and adds up."""
-        return {stage: "fp32" if stage == "action_head" else self.manifest.precision for stage in STAGES}
+        return {stage: "fp32" if stage == "action_head" else self.precision for stage in STAGES}
 
-    def size(self, stage: str, precision: Precision) -> int:
+    def size(self, stage: str, precision: FloatPrecision) -> int:
         """Weight bytes of a stage."""
         return self.sizes[stage] // (2 if precision == "fp16" else 1)
 
-    def promotable(self, precisions: dict[str, Precision]) -> str | None:
+    def promotable(self, precisions: dict[str, FloatPrecision]) -> str | None:
         """The next fp16 stage, if any, that fp32 would not make larger by more than _FREE_BYTES."""
         for stage in ("language", "vision"):
             if precisions[stage] == "fp16" and self.sizes[stage] // 2 <= _FREE_BYTES:
@@ -122,7 +124,7 @@ def make_plan(config: BuildConfig, loaded: LoadedPolicy, advance: Callable[[int]
     keys = {
         (stage, precision): _stage_key(stage, precision, hashes[stage], dims, prompt.buckets)
         for stage in STAGES
-        for precision in get_args(Precision)
+        for precision in get_args(FloatPrecision)
     }
     manifest = Manifest(
         schema=SCHEMA,
@@ -159,14 +161,16 @@ def make_plan(config: BuildConfig, loaded: LoadedPolicy, advance: Callable[[int]
         x_attn_causal_source=policy.conventions.x_attn_causal_source,
         prompt=prompt,
         preprocessing=preprocessing,
+        fps=None if loaded.facts is None else loaded.facts.fps,
         action=action_spec(policy.spec, config, loaded.facts),
         stages={},
+        quantized=None,
         files={},
         parity=_NOT_VERIFIED,
     )
     sizes = {stage: stage_bytes(loaded.state, stage) for stage in STAGES}
     reusable, known_files = ({}, {}) if config.force else _reusable(config.target, keys)
-    return Plan(manifest, dims, keys, sizes, reusable, known_files, prompts, tokenizer)
+    return Plan(manifest, config.graph_precision, dims, keys, sizes, reusable, known_files, prompts, tokenizer)
 
 
 def preprocessing_of(config: BuildConfig, loaded: LoadedPolicy) -> Preprocessing:
@@ -297,7 +301,7 @@ def _made_up_tokens(vocab: int, count: int, eos: int) -> tuple[int, ...]:
     return (0, *(int(word) for word in words), eos)
 
 
-def _stage_key(stage: str, precision: Precision, weights: str, dims: StageDims, buckets: tuple[int, ...]) -> str:
+def _stage_key(stage: str, precision: FloatPrecision, weights: str, dims: StageDims, buckets: tuple[int, ...]) -> str:
     """Hash of everything that decides the bytes of a stage's files."""
     parts = {
         "stage": stage,
@@ -312,14 +316,14 @@ def _stage_key(stage: str, precision: Precision, weights: str, dims: StageDims, 
 
 
 def _reusable(
-    target: Path, keys: dict[tuple[str, Precision], str]
-) -> tuple[dict[tuple[str, Precision], Stage], dict[str, File]]:
+    target: Path, keys: dict[tuple[str, FloatPrecision], str]
+) -> tuple[dict[tuple[str, FloatPrecision], Stage], dict[str, File]]:
     """Stages of the bundle in `target` with these keys and intact files, and the records of those files."""
     try:
         old = Manifest.load(target)
     except BundleError:
         return {}, {}
-    found: dict[tuple[str, Precision], Stage] = {}
+    found: dict[tuple[str, FloatPrecision], Stage] = {}
     records: dict[str, File] = {}
     for (stage, precision), key in keys.items():
         entry = old.stages.get(stage)

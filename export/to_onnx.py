@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bundle.manifest import File, Graph, Precision, Stage
+from bundle.manifest import File, FloatPrecision, Graph, Stage
 from export import stages
 from export.onnx_ops import OnnxOps, WeightFile
 from export.stages import StageDims
@@ -16,7 +16,7 @@ from export.weights import MergedWeights
 from train.base import Base
 from train.policy import KosmosPolicy
 
-COMPUTE = {"fp32": "float32", "fp16": "float16"}
+COMPUTE: dict[FloatPrecision, str] = {"fp32": "float32", "fp16": "float16"}
 # Sequence lengths are rounded up to this: GEMM tiles of every backend divide by it, and near-equal instructions share a graph.
 BUCKET_STEP = 8
 
@@ -60,7 +60,7 @@ def export_stage(
     weights: MergedWeights,
     dims: StageDims,
     *,
-    precision: Precision,
+    precision: FloatPrecision,
     buckets: Sequence[int],
     key: str,
     progress: Callable[[int], None] | None = None,
@@ -80,7 +80,9 @@ def export_stage(
             ops = OnnxOps(file, COMPUTE[precision])
             name = f"{stage}.{precision}.onnx" if sequence is None else f"{stage}.{precision}.s{sequence}.onnx"
             inputs, outputs, nodes = _emit(stage, ops, weights, dims, sequence, folder / name)
-            graphs.append(Graph(file=name, sequence=sequence, nodes=nodes, inputs=inputs, outputs=outputs))
+            graphs.append(
+                Graph(file=name, form="portable", sequence=sequence, nodes=nodes, inputs=inputs, outputs=outputs)
+            )
     entry = Stage(key=key, precision=precision, weights=path.name, weight_bytes=file.bytes, graphs=tuple(graphs))
     return entry, {path.name: File(sha256=file.sha256, bytes=file.bytes)}
 

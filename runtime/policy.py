@@ -9,24 +9,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bundle.errors import BackendError, BundleError, FrameError, PromptError
+from bundle.errors import BackendError, BundleError, FrameError, JetvlaError, NoEnginesError
 from bundle.manifest import MANIFEST_NAME, Manifest
 from runtime import golden
 from runtime.actions import denormalize
 from runtime.backends.base import Backend
-from runtime.backends.select import candidates, open_backend
+from runtime.backends.select import Candidate, PrecisionChoice, candidates, open_backend, view_of
+from runtime.instruction import load_embedding, prompt_tensors
 from runtime.preprocess import resize
-from runtime.prompt import assemble, choose_bucket, layout, pad_tokens
-from runtime.tokenizer import TOKENIZER_NAME, token_ids_of
 
-EMBEDDING_NAME = "token_embedding.npy"
 log = logging.getLogger("jetvla")
 
 
@@ -56,66 +54,85 @@ class Policy:
         self.manifest = manifest
         self.backend = backend.name
         self.failed_backends: tuple[str, ...] = ()
-        """What `auto` or `ort` tried before this one, and why it could not be used; what is not installed does not count."""
+        """What was tried before this one, and why it could not be used; what is not there does not count."""
+        self.passed_over: tuple[str, ...] = ()
+        """The same, with what is not there."""
         folder = folder.resolve()  # the process may change its folder, and a link what it points to
         self._folder = folder
-        self._embedding = _load_embedding(folder / EMBEDDING_NAME)
+        self._embedding = load_embedding(folder)
         self._chain = backend.open(folder, manifest)
         dims = manifest.dimensions
         self._frames = np.zeros((len(manifest.preprocessing.cameras), dims.image_size, dims.image_size, 3), np.uint8)
 
     @classmethod
-    def load(cls, bundle: str | Path, backend: str = "auto", *, verify: bool = True, threads: int = 0) -> Policy:
+    def load(
+        cls,
+        bundle: str | Path,
+        backend: str = "auto",
+        *,
+        precision: PrecisionChoice = "auto",
+        verify: bool = True,
+        threads: int = 0,
+    ) -> Policy:
         """Load a bundle, check its files, and replay its golden step on the backend.
 
         Args:
             bundle: directory made by export/build_engines.py.
             backend: `auto`, `trt`, `ort`, `ort:cpu`, `ort:cuda`, `ort:tensorrt`, `ort:tensorrt-rtx`, `ort:openvino` or `fake`.
+            precision: `int8` for the bundle's INT8 variant, `float` for what it was exported in; `auto` prefers INT8 where the variant is
+                good and the backend gains from it, and runs floating point where INT8 fails.
             verify: hash every file that is used first (seconds for a full-size bundle). Sizes and the manifest are always checked.
             threads: CPU threads; 0 takes all that this process may use.
 
         Raises:
-            BundleError: the bundle is missing, corrupt or of another schema version.
+            BundleError: the bundle is missing, corrupt, of another schema version, or has no INT8 variant though one is asked for.
             BackendError: no backend gave the golden numbers; the message lists why each failed.
         """
         folder = Path(bundle)
         if folder.name == MANIFEST_NAME:
             folder = folder.parent
         manifest = Manifest.load(folder)
-        unhashed = manifest.stage_files() if verify else frozenset()
+        plan = candidates(backend, precision, manifest.quantized)
+        views = [view_of(manifest, *candidate) for candidate in plan]
+        unhashed = manifest.all_stage_files() if verify else frozenset()
         if verify:
             manifest.verify(folder, without=unhashed)
         else:
             manifest.verify_sizes(folder)
+        mixed, alone = len({kind for _, kind in plan}) > 1, len({name for name, _ in plan}) == 1
         reasons: list[str] = []
         failures: list[str] = []
-        names = candidates(backend)
-        for name in names:
+        for index, (candidate, view) in enumerate(zip(plan, views, strict=True)):
+            name, kind = candidate
+            label = f"{name} in {kind}" if mixed else name
+            rest = plan[index + 1 :]
             policy = None
-            if (
-                unhashed and name != "trt"
-            ):  # engines have hashes of their own; graphs and weights are gigabytes that they do not read
-                manifest.verify(folder)
-                unhashed = frozenset()
             try:
-                policy = cls(folder, manifest, open_backend(name, threads=threads, verify=verify))
+                opened = open_backend(name, threads=threads, verify=verify)
+                # Only what runs is hashed, and once: the other precision's weights are gigabytes, and engines have hashes of their own.
+                wanted = unhashed & view.stage_files() if name != "trt" else frozenset()
+                if wanted:
+                    manifest.verify(folder, without=manifest.files.keys() - wanted)
+                    unhashed -= wanted
+                policy = cls(folder, view, opened)
                 if name != "fake":
                     golden.check(policy, folder)
-            except BackendError as error:
+            except (BackendError, BundleError) as error:
                 if policy is not None:
                     policy.close()
-                if len(names) == 1 or getattr(error, "sticky", False):
+                if not _may_go_on(error, candidate, rest) or (alone and not rest):
                     raise
-                reasons.append(f"{name}: {error.what} ({error.got})")
-                if error.absent:
-                    log.info("backend %s passed over: %s (%s)", name, error.what, error.got)
+                reasons.append(f"{label}: {error.what} ({error.got})")
+                if _is_expected(error, candidate, rest):
+                    log.info("backend %s passed over: %s (%s)", label, error.what, error.got)
                 else:
                     failures.append(reasons[-1])
-                    log.warning("backend %s skipped: %s (%s); hint: %s", name, error.what, error.got, error.hint)
+                    log.warning("backend %s skipped: %s (%s); hint: %s", label, error.what, error.got, error.hint)
             else:
                 if failures:
-                    log.warning("running on %s, because a backend before it failed: %s", name, "; ".join(failures))
+                    log.warning("running on %s, because a backend before it failed: %s", label, "; ".join(failures))
                 policy.failed_backends = tuple(failures)
+                policy.passed_over = tuple(reasons)
                 return policy
         raise BackendError(
             f"no backend can run {folder}",
@@ -152,29 +169,15 @@ class Policy:
             BundleError: another bundle has been published in this one's place.
             BackendError: the language graph of another bucket cannot be loaded.
         """
-        spec = self.manifest.prompt
         self._check_unreplaced()
-        if (instruction is None) == (token_ids is None):
-            raise PromptError("reset needs an instruction or token_ids", hint="pass exactly one of them.")
-        if instruction is not None:
-            token_ids = token_ids_of(instruction, spec, self._folder / TOKENIZER_NAME)
-        assert token_ids is not None
-        if attention_mask is None and np.ndim(token_ids) == 1:
-            token_ids = pad_tokens(token_ids, spec.pad_to, spec.pad_id)
-        slots = layout(
-            token_ids,
-            packing=spec.packing,
-            image_tokens=self.image_tokens,
-            latent=self.manifest.dimensions.latent,
-            mask=attention_mask,
-            pad_id=spec.pad_id,
-        )
-        prompt = assemble(
-            slots,
+        prompt = prompt_tensors(
+            self._folder,
+            self.manifest,
             self._embedding,
-            bucket=choose_bucket(slots.length, self._chain.buckets),
-            embed_scale=spec.embed_scale,
-            image_tokens=self.image_tokens,
+            self._chain.buckets,
+            instruction=instruction,
+            token_ids=token_ids,
+            attention_mask=attention_mask,
         )
         self._chain.set_prompt(prompt)
 
@@ -271,14 +274,13 @@ class Policy:
         return self._chain.run_action_head(feature)
 
 
-def _load_embedding(path: Path) -> NDArray[np.floating]:
-    """The embedding table, memory-mapped.
+def _may_go_on(error: BackendError | BundleError, failed: Candidate, rest: Collection[Candidate]) -> bool:
+    """The error is the candidate's own: no lost GPU, and no damaged bundle, unless floating point comes later, which reads other files."""
+    if isinstance(error, BundleError):
+        return failed[1] == "int8" and any(kind == "float" for _, kind in rest)
+    return not getattr(error, "sticky", False)
 
-    Raises:
-        BundleError: not a numpy array.
-    """
-    try:
-        table: NDArray[np.floating] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise BundleError(f"{path} is damaged", got=error, hint="copy the bundle again, or rebuild it.") from None
-    return table
+
+def _is_expected(error: JetvlaError, failed: Candidate, rest: Collection[Candidate]) -> bool:
+    """Nothing is wrong: the backend is not installed, or nobody has built engines of INT8 and those of floating point come next."""
+    return getattr(error, "absent", False) or (isinstance(error, NoEnginesError) and (failed[0], "float") in rest)

@@ -28,6 +28,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from bundle.errors import ConfigError, JetvlaError
+from runtime.backends.select import PrecisionChoice, faster_in_int8
 from runtime.policy import Policy
 
 
@@ -41,6 +42,7 @@ class RunConfig:
         check: load, verify and replay the golden step, then stop.
         instruction: what to do, if not what the episode says.
         backend: auto, trt, ort, ort:cpu, ort:cuda, ort:tensorrt, ort:tensorrt-rtx, ort:openvino or fake.
+        precision: int8 runs the bundle's INT8 variant, float what it was exported in; auto takes INT8 where it is good and fast.
         threads: CPU threads; 0 takes all.
         schema: of the episode (v1, v5, v6), if sniffing gets it wrong.
         skip_hashes: trust the files; saves seconds at the start of a full-size bundle.
@@ -52,6 +54,7 @@ class RunConfig:
     check: bool = False
     instruction: str | None = None
     backend: str = "auto"
+    precision: PrecisionChoice = "auto"
     threads: int = 0
     schema: Literal["v1", "v5", "v6"] | None = None
     skip_hashes: bool = False
@@ -91,7 +94,13 @@ def run(config: RunConfig, console: Console) -> dict[str, object]:
         )
     start = time.perf_counter()
     with console.status(escape(f"loading {config.bundle}")):
-        policy = Policy.load(config.bundle, config.backend, verify=not config.skip_hashes, threads=config.threads)
+        policy = Policy.load(
+            config.bundle,
+            config.backend,
+            precision=config.precision,
+            verify=not config.skip_hashes,
+            threads=config.threads,
+        )
     manifest = policy.manifest
     load_s = time.perf_counter() - start
     checks = ["hashes not checked" if config.skip_hashes else "hashes ok"]
@@ -103,8 +112,32 @@ def run(config: RunConfig, console: Console) -> dict[str, object]:
         markup=False,
         soft_wrap=True,
     )
-    result: dict[str, object] = {"bundle": str(config.bundle), "backend": policy.backend, "load_s": load_s}
+    if config.precision == "auto" and (why := why_not_int8(policy)):
+        console.print(f"the INT8 variant does not run: {why}", markup=False, soft_wrap=True)
+    result: dict[str, object] = {
+        "bundle": str(config.bundle),
+        "backend": policy.backend,
+        "precision": manifest.precision,
+        "load_s": load_s,
+    }
     return result if config.replay is None else result | _replay(policy, config, config.replay, console)
+
+
+def why_not_int8(policy: Policy) -> str:
+    """Why `auto` runs floating point though the bundle has an INT8 variant that may be run; empty if it does not, or has none."""
+    quantized = policy.manifest.quantized
+    if policy.manifest.precision == "int8" or quantized is None or not quantized.trusted:
+        return ""
+    on_cpu = policy.backend in ("ort:cpu", "ort:openvino")
+    kind = "ort:" if on_cpu else "trt "
+    failed = [reason for reason in policy.passed_over if reason.startswith(kind) and " in int8: " in reason]
+    if failed:
+        return "; ".join(failed)
+    if on_cpu and faster_in_int8(policy.backend, quantized) is None:
+        return f"it was not measured on {policy.backend}; --precision int8 runs it there"
+    if on_cpu:
+        return f"floating point was faster on {quantized.machine}"
+    return f"{policy.backend} gains nothing from it"
 
 
 def _replay(policy: Policy, config: RunConfig, path: Path, console: Console) -> dict[str, object]:

@@ -22,14 +22,17 @@ from bundle.manifest import (
     Action,
     Dimensions,
     File,
+    Form,
     Graph,
     HeadKind,
     Instruction,
     Manifest,
+    Measured,
     Packing,
     Parity,
     Preprocessing,
     Prompt,
+    Quantized,
     Source,
     Stage,
     Tensor,
@@ -103,6 +106,59 @@ def make_bundle(folder: Path, tiny: Tiny | None = None, *, golden_ids: Sequence[
     manifest.save(folder)
     rehash(folder)
     return folder
+
+
+def add_int8(folder: Path, **changes: object) -> Manifest:
+    """Give a bundle an INT8 variant that computes what its floating-point stages do; returns the manifest.
+
+    Its graphs are copies of vision's and language's, in both forms, under names of their own.
+
+    Args:
+        changes: fields of Quantized.
+    """
+    manifest = Manifest.load(folder)
+    forms: tuple[Form, ...] = ("portable", "ort-cpu")
+    stages = {}
+    for index, name in enumerate(("vision", "language")):
+        source = manifest.stages[name]
+        graphs = []
+        for form in forms:
+            for graph in source.graphs:
+                length = "" if graph.sequence is None else f".s{graph.sequence}"
+                file = f"{name}.int8.{form}{length}.onnx"
+                (folder / file).write_bytes((folder / graph.file).read_bytes())
+                graphs.append(msgspec.structs.replace(graph, file=file, form=form))
+        weights = f"{name}.int8.onnx.data"
+        (folder / weights).write_bytes(f"{name}'s small integers".encode())
+        stages[name] = Stage(
+            key=f"{index + 8:064x}",
+            precision="int8",
+            weights=weights,
+            weight_bytes=(folder / weights).stat().st_size,
+            graphs=tuple(graphs),
+        )
+    quantized = Quantized(
+        stages=stages,
+        calibration_sha256="e" * 64,
+        calibration_frames=16,
+        random=False,
+        method="99.99 %, smoothed by 0.5",
+        assignment={"vision.0": "int8", "vision.1": "fp32", "language.0": "int8"},
+        budget=0.02,
+        action_error=0.01,
+        frames=200,
+        verdict="PASS",
+        golden_cosine=0.999,
+        golden_error=0.003,
+        machine="a CPU",
+        measured=(
+            Measured(backend="ort:cpu", precision="int8", step_ms=1.0),
+            Measured(backend="ort:cpu", precision="fp32", step_ms=2.0),
+        ),
+    )
+    quantized = msgspec.structs.replace(quantized, **changes)
+    edit_manifest(folder, lambda old: msgspec.structs.replace(old, quantized=quantized))
+    return rehash(folder)
 
 
 def signed_manifest(jetvla: str = "0.1.0") -> bytes:
@@ -227,8 +283,10 @@ def _manifest(tiny: Tiny) -> Manifest:
             std=(0.26862954, 0.26130258, 0.27577711),
             cameras=tiny.cameras,
         ),
+        fps=None,
         action=_action(tiny),
         stages={},
+        quantized=None,
         files={},
         parity=Parity(
             verdict="PASS",
@@ -326,7 +384,8 @@ def _action_head(model: TinyModel) -> _Draft:
 def _draft(
     file: str, writer: GraphWriter, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], sequence: int | None = None
 ) -> _Draft:
-    graph = Graph(file=file, sequence=sequence, nodes=len(writer.nodes), inputs=inputs, outputs=outputs)
+    nodes = len(writer.nodes)
+    graph = Graph(file=file, form="portable", sequence=sequence, nodes=nodes, inputs=inputs, outputs=outputs)
     return _Draft(graph, writer.model(inputs, outputs))
 
 

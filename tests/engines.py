@@ -49,11 +49,12 @@ def add_engines(
     tensorrt: TensorRT,
     device: Device,
     *,
+    manifest: Manifest | None = None,
     buckets: tuple[int, ...] | None = None,
     built_at: str = "2026-01-01T00:00:00+00:00",
 ) -> list[EngineRecord]:
-    """Build all engines of a bundle for a device (fake TensorRT only) and publish them."""
-    manifest = Manifest.load(bundle)
+    """Build all engines of a bundle, or of its view `manifest`, for a device (fake TensorRT only) and publish them."""
+    manifest = manifest or Manifest.load(bundle)
     fingerprint = tensorrt.fingerprint(device)
     records = []
     for stage, graph in engine_cache.graphs(manifest):

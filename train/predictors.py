@@ -108,6 +108,7 @@ class BundlePredictor:
         self._policy = Policy.load(path, backend=backend)
         manifest = self._policy.manifest
         _refuse_hand_camera(path, len(manifest.preprocessing.cameras))
+        self._fps = manifest.fps
         self.action = manifest.action
         self.description = f"bundle {path.name}, {manifest.precision} on {self._policy.backend}"
 
@@ -118,7 +119,7 @@ class BundlePredictor:
         return self._policy.step(frame).values
 
     def check_rate(self, fps: float | None) -> None:
-        """A manifest does not record a rate."""
+        _check_rate(self._fps, fps)
 
 
 class CheckpointPredictor:
@@ -171,14 +172,17 @@ class CheckpointPredictor:
         return denormalize(step.action, self.action)
 
     def check_rate(self, fps: float | None) -> None:
-        trained = self._fps
-        if fps is not None and trained is not None and max(fps / trained, trained / fps) > _SAME_RATE:
-            warnings.warn(
-                f"an episode has {fps:.1f} frames per second, the policy was trained at {trained:.1f}: its window and chunk mean other "
-                "times there",
-                UserWarning,
-                stacklevel=2,
-            )
+        _check_rate(self._fps, fps)
+
+
+def _check_rate(trained: float | None, fps: float | None) -> None:
+    if fps is not None and trained is not None and max(fps / trained, trained / fps) > _SAME_RATE:
+        warnings.warn(
+            f"an episode has {fps:.1f} frames per second, the policy was trained at {trained:.1f}: its window and chunk mean other "
+            "times there",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _scale(action: Action, stated: Stated, otherwise: str) -> str:

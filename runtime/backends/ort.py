@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from bundle.errors import BackendError
 from bundle.manifest import Graph, Manifest
+from runtime.backends import mapped_weights
 from runtime.backends.base import Feeds, Outputs, checked_feed
 from runtime.backends.ort_device import OrtDeviceChain
 from runtime.backends.ort_plugins import PLUGINS, plugin_device, plugin_installed, plugin_options, plugin_provider
-from runtime.backends.ort_probe import probe
+from runtime.backends.ort_probe import probe, probe_int8
 from runtime.chain import Chain, HostChain
 
 PROVIDERS = {
@@ -31,6 +32,8 @@ PROVIDERS = {
 }
 # Providers whose buffers can stay on the GPU from stage to stage.
 _ON_DEVICE = ("ort:cuda",)
+# Providers that pack a copy of the weights and leave the file mapped.
+_PACKING = ("ort:openvino",)
 _DTYPES = {"float32": np.float32, "float16": np.float16, "int64": np.int64, "uint8": np.uint8}
 
 
@@ -55,6 +58,7 @@ class OrtBackend:
         self._provider = PROVIDERS[name]
         self._threads = threads or len(os.sched_getaffinity(0))
         self._exact = True
+        self._weights: dict[str, str] = {}
         available = self._runtime.get_available_providers()
         # A plugin's provider is listed once it is registered, so the list does not tell it from a built-in one.
         self._plugin = name in PLUGINS and (plugin_installed(name) or self._provider not in available)
@@ -70,10 +74,19 @@ class OrtBackend:
                 absent=True,
             )
         if name != "ort:cpu":
-            probe(name, lambda model, graph: OrtStage(self._runtime, self._session(model, graph), graph, self._plugin))
+            probe(name, self._stage)
 
     def open(self, folder: Path, manifest: Manifest) -> Chain:
+        """See Backend.open.
+
+        Raises:
+            BackendError: a graph is refused, or INT8 is asked for and this CPU's integer products are wrong.
+        """
+        # INT8 has rounded far more than bf16 does to what is left in floating point.
         self._exact = manifest.precision == "fp32"
+        if manifest.precision == "int8":
+            probe_int8(self.name, self._stage)
+        self._weights = {graph.file: entry.weights for entry in manifest.stages.values() for graph in entry.graphs}
         if self.name in _ON_DEVICE:
             return OrtDeviceChain(
                 self._runtime, lambda graph: self._session(str(folder / graph.file), graph), manifest, "cuda"
@@ -83,7 +96,11 @@ class OrtBackend:
     def load(self, folder: Path, graph: Graph) -> OrtStage:
         """Create a session for one graph; its external weights are memory-mapped by ONNX Runtime."""
         session = self._session(str(folder / graph.file), graph)
-        return OrtStage(self._runtime, session, graph, self._plugin)
+        weights = folder / self._weights[graph.file] if self.name in _PACKING and graph.file in self._weights else None
+        return OrtStage(self._runtime, session, graph, self._plugin, weights)
+
+    def _stage(self, model: bytes, graph: Graph) -> OrtStage:
+        return OrtStage(self._runtime, self._session(model, graph), graph, self._plugin)
 
     def _session(self, model: str | bytes, graph: Graph) -> Any:
         options = self._runtime.SessionOptions()
@@ -125,12 +142,18 @@ class OrtStage:
 
     Args:
         rebind: bind the inputs again before every run. Some plugin providers take an input's content when it is bound.
+        packed: the weight file, if the provider has made a copy: its pages are given back now, and after the first run, which may read it.
     """
 
-    def __init__(self, runtime: Any, session: Any, graph: Graph, rebind: bool = False) -> None:
+    def __init__(
+        self, runtime: Any, session: Any, graph: Graph, rebind: bool = False, packed: Path | None = None
+    ) -> None:
         self._session = session
         self._file = graph.file
         self._rebind = rebind
+        self._packed = packed
+        if packed is not None:
+            mapped_weights.release(packed)
         self._binding = session.io_binding()
         self._inputs: dict[str, NDArray[np.generic]] = {}
         self._outputs: Outputs = {}
@@ -162,6 +185,9 @@ class OrtStage:
                 got=f"{type(error).__name__}: {error}",
                 hint="replay the golden step with runtime/run_robot.py BUNDLE --check; if it fails too, rebuild the bundle.",
             ) from error
+        if self._packed is not None:
+            mapped_weights.release(self._packed)
+            self._packed = None
         return self._outputs
 
 

@@ -1,8 +1,9 @@
 """ONNX Runtime on a GPU: tensors stay there from stage to stage and from tick to tick.
 
-One value a tensor is allocated once and bound to every session that uses it, so a tick copies a frame in and feature and action out. The
-recurrent states have two sets of values: a tick reads one and writes the other, and which is which changes only when the numbers were
-finite. With fixed addresses the CUDA provider may replay its launches as CUDA graphs, one for each binding.
+One value a tensor is allocated once and bound to every session that uses it, so a tick copies a frame in, and image tokens, feature and
+action out: INT8 hides what is not finite, so it is looked for between the stages. The recurrent
+states have two sets of values: a tick reads one and writes the other, and which is which changes only when the numbers were finite.
+With fixed addresses the CUDA provider may replay its launches as CUDA graphs, one for each binding.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from bundle.errors import BackendError
 from bundle.manifest import Graph, Manifest, Tensor
 from runtime.backends.base import checked_feed
-from runtime.chain import SECTIONS, Floats, Tick, no_prompt
+from runtime.chain import SECTIONS, Floats, Tick, all_finite, no_prompt
 from runtime.prompt import PromptTensors
 
 _STATES = ("h", "c")
@@ -67,11 +68,13 @@ class OrtDeviceChain:
         self._engine_s = 0.0
         self._write("frames", frames)
         self._run("vision")
+        finite = all_finite(self._read("image_tokens"))
         clock.append(time.perf_counter())
         self._run("language")
         feature = self._read("feature")
+        finite = finite and all_finite(feature)
         clock.append(time.perf_counter())
-        action = self._head()
+        action = self._head(finite=finite)
         clock.append(time.perf_counter())
         spent = np.diff(clock) * 1e3
         sections = {name: float(value) for name, value in zip(SECTIONS, spent, strict=True)}
@@ -87,11 +90,12 @@ class OrtDeviceChain:
             raise no_prompt()
         self._write("image_tokens", image_tokens)
         self._run("language")
-        return self._read("feature")
+        feature = self._read("feature")
+        return feature if all_finite(image_tokens) else np.full_like(feature, np.nan)
 
     def run_action_head(self, feature: Floats) -> Floats:
         self._write("feature", feature)
-        return self._head()
+        return self._head(finite=all_finite(feature))
 
     def close(self) -> None:
         self._has_prompt = False
@@ -99,9 +103,12 @@ class OrtDeviceChain:
             self._drop(stage)
         self._values.clear()
 
-    def _head(self) -> Floats:
+    def _head(self, *, finite: bool) -> Floats:
+        """Action of the feature on the device; NaN if what the stages were fed is not `finite`."""
         self._run("action_head")
         action = self._read("action")
+        if not finite:
+            return np.full_like(action, np.nan)
         following = 1 - self._turn
         if all(np.isfinite(array).all() for array in (action, *(self._read(f"{name}{following}") for name in _STATES))):
             self._turn = following

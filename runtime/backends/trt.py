@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bundle import engine_cache
-from bundle.errors import EngineError
+from bundle.errors import EngineError, NoEnginesError
 from bundle.manifest import Manifest
 from runtime.backends.trt_chain import DeviceChain
 from runtime.chain import Chain
@@ -63,7 +63,8 @@ class TrtBackend:
         """Load the engines of this machine.
 
         Raises:
-            EngineError: there are none, or one is corrupt or refused.
+            NoEnginesError: there are none of what the manifest says.
+            EngineError: one is corrupt or refused.
             DeviceError: out of memory, or the GPU failed.
         """
         device = self._cuda.device()
@@ -77,8 +78,8 @@ class TrtBackend:
                 if {stage for stage, _ in records} == {"vision", "language", "action_head"}:
                     return DeviceChain(self._cuda, tensorrt, device, folder, records, verify=self._verify)
         present = sorted(path.name for path in (folder / engine_cache.ENGINES).glob("*") if path.is_dir())
-        raise EngineError(
-            f"{folder} has no engines for this machine",
+        raise NoEnginesError(
+            f"{folder} has no {'INT8 ' if manifest.precision == 'int8' else ''}engines for this machine",
             got=", ".join(present) or "no engines",
             expected=" or ".join(wanted),
             hint="python export/build_engines.py --engines-only BUNDLE builds them here, from the bundle alone.",

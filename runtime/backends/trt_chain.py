@@ -21,15 +21,15 @@ from bundle.errors import BackendError, DeviceError, EngineError
 from bundle.manifest import Tensor
 from runtime.backends.base import checked_feed
 from runtime.backends.trt_engine import LoadedEngine
-from runtime.chain import SECTIONS, Floats, Tick, no_prompt
+from runtime.chain import SECTIONS, Floats, Tick, all_finite, no_prompt
 from runtime.gpu import Cuda, Device, Handle, HostBuffer
 from runtime.prompt import PromptTensors
 from runtime.tensorrt_flavour import TensorRT
 
 log = logging.getLogger("jetvla")
 
-# Copied to the device at every tick, and back.
-_IN, _OUT = ("frames",), ("feature", "action", "next_h", "next_c")
+# Copied to the device at every tick, and back. Image tokens are read by nobody, but an INT8 engine hides a NaN in them.
+_IN, _OUT = ("frames",), ("image_tokens", "feature", "action", "next_h", "next_c")
 _STATES = (("h", "next_h"), ("c", "next_c"))
 _PROMPT = ("prompt", "image_index", "action_index")
 
@@ -165,7 +165,7 @@ class DeviceChain:
         else:
             cuda.launch(graph, self._stream)
         cuda.synchronize(self._stream)
-        self._keep_states_finite()
+        self._keep_finite("image_tokens", "feature")
         sections = self._sections() if self._timed else {}
         return Tick(
             self._views["feature"], self._views["action"], sections, sum(sections.values()) if sections else math.nan
@@ -185,7 +185,8 @@ class DeviceChain:
         self._fill("image_tokens", image_tokens)
         self._copy_in("image_tokens")
         self._run("language")
-        return self._fetch("feature")
+        feature = self._fetch("feature")
+        return feature if all_finite(image_tokens) else np.full_like(feature, np.nan)
 
     def run_action_head(self, feature: Floats) -> Floats:
         self._attach()
@@ -195,9 +196,10 @@ class DeviceChain:
         self._run("action_head")
         for name in ("next_h", "next_c"):
             self._copy_out(name)
-        action = self._fetch("action")
-        self._keep_states_finite()
-        return action
+        self._copy_out("action")
+        self._cuda.synchronize(self._stream)
+        self._keep_finite("feature")
+        return self._views["action"].copy()
 
     def close(self) -> None:
         self._has_prompt = False
@@ -331,13 +333,14 @@ class DeviceChain:
             self._timed = False
             return {}
 
-    def _keep_states_finite(self) -> None:
-        """Take the tick back if its states or action are not finite: a NaN in the states would stay for the rest of the episode."""
-        with np.errstate(all="ignore"):
-            # A sum is finite only if all its terms are; it needs no memory. In 64 bits finite terms do not overflow it.
-            sums = (self._views[name].sum(dtype=np.float64) for name in ("action", "next_h", "next_c"))
-            finite = all(np.isfinite(total) for total in sums)
-        if not finite:
+    def _keep_finite(self, *fed: str) -> None:
+        """Take the tick back if its states or action are not finite: a NaN in the states would stay for the rest of the episode. If what
+        the stages were fed is not, the action is made NaN: INT8 engines would hide it.
+        """
+        hidden = not all_finite(*(self._views[name] for name in fed))
+        if hidden:
+            self._views["action"].fill(np.nan)
+        if hidden or not all_finite(*(self._views[name] for name in ("action", "next_h", "next_c"))):
             for present, following in _STATES:
                 self._cuda.on_device(
                     self._pointers[following], self._pointers[present], self._tensor_bytes[present], self._stream

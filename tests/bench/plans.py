@@ -21,7 +21,8 @@ def manifest_of(work: Workload, precision: Precision = "fp32") -> Manifest:
     def graph(stage: str, sequence: int | None) -> Graph:
         outputs = (Tensor(name="y", dtype="float32", shape=(1, work.dims.chunk, work.outputs)),)
         name = f"{stage}.s{sequence}.onnx"
-        return Graph(file=name, sequence=sequence, nodes=work.nodes.get(stage, 1), inputs=(), outputs=outputs)
+        nodes = work.nodes.get(stage, 1)
+        return Graph(file=name, form="portable", sequence=sequence, nodes=nodes, inputs=(), outputs=outputs)
 
     stages = {}
     for stage in STAGES:

@@ -19,10 +19,11 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("jinja2")
 
 from bench import latency
+from bench.comparable import bundle_differences
 from bench.results import RESULT_NAME, read_result
 from episodes.synthetic import write_synthetic
 from runtime.policy import Policy
-from tests.bundles import Tiny, make_bundle
+from tests.bundles import Tiny, add_int8, make_bundle
 
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "latency.py"
 QUICK = ("--backend", "ort:cpu", "--threads", "1", "--warmup", "1", "--frame-size", "48", "64", "--no-plan")
@@ -84,6 +85,27 @@ def test_without_torch_the_last_line_is_json(bundle: Path, tmp_path: Path) -> No
     assert "Under 200 ms" in done.stdout
     # Reports are not part of what the manifest vouches for.
     assert command(str(bundle), *FEW).returncode == 0
+
+
+def test_a_precision_is_measured_as_what_it_is(bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """INT8 and floating point of one bundle are two things to compare."""
+    add_int8(bundle)
+    results = {}
+    for precision, ran in (("auto", "int8"), ("int8", "int8"), ("float", "fp32")):
+        assert (
+            in_process(monkeypatch, str(bundle), *FEW, "--no-plan", "--deadline-ms", "9999", "--precision", precision)
+            == 0
+        )
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["precision"] == ran
+        results[precision] = read_result(bundle / "reports" / RESULT_NAME)
+        assert results[precision].bundle.precision == ran
+        assert results[precision].bundle.stage_precision == {"vision": ran, "language": ran, "action_head": "fp32"}
+    assert bundle_differences(results["auto"], results["int8"]) == []
+    assert bundle_differences(results["float"], results["int8"]) == [
+        "precision: fp32, int8",
+        "stage_precision.vision: fp32, int8",
+        "stage_precision.language: fp32, int8",
+    ]
 
 
 def test_a_deadline_that_is_missed(bundle: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from bundle.engine_cache import EngineRecord, EngineSettings, content_key, engin
 from bundle.errors import EngineError, StorageError
 from bundle.hashing import sha256_file
 from bundle.manifest import Manifest
-from tests.bundles import Tiny, make_bundle
+from tests.bundles import Tiny, add_int8, edit_manifest, make_bundle
 
 SETTINGS = EngineSettings(optimization_level=3, refit=False, code="c")
 MACHINE = "orin-sm87-trt10.3.0-cuda12"
@@ -289,6 +289,40 @@ def test_removing_takes_everything_of_an_engine(bundle: Path, add: Add) -> None:
     (found,) = survey(bundle, Manifest.load(bundle))
     assert engine_cache.remove(found) == 6
     assert not (bundle / record.file).parent.exists()
+
+
+def test_engines_of_both_precisions_are_of_use(bundle: Path, add: Add, tmp_path: Path) -> None:
+    """The action head's serve both; what was quantized has engines of its own."""
+    manifest = add_int8(bundle)
+    view = manifest.int8()
+    assert content_key(view, "action_head", view.graph("action_head")) == content_key(
+        manifest, "action_head", manifest.graph("action_head")
+    )
+    floats = [add("vision"), add("language", 12), add("action_head")]
+    int8 = [
+        add(stage, length, content=content_key(view, stage, view.graph(stage, length)))
+        for stage, length in (("vision", None), ("language", 12))
+    ]
+    assert len({record.file for record in floats + int8}) == 5
+    assert states(bundle) == ["current"] * 5
+    head = floats[-1]
+    assert set(newest(bundle, manifest, MACHINE).values()) == set(floats)
+    assert set(newest(bundle, view, MACHINE).values()) == {*int8, head}
+
+    other = make_bundle(tmp_path / "other.bundle")
+    assert engine_cache.carry_over(bundle, other, add_int8(other)) == 5
+    edit_manifest(bundle, lambda old: msgspec.structs.replace(old, quantized=None))
+    assert sorted(states(bundle)) == ["current"] * 3 + ["stale"] * 2
+
+
+def test_each_precision_has_its_proof(bundle: Path, add: Add) -> None:
+    manifest = add_int8(bundle)
+    add()
+    proofs = [engine_cache.parity_file(bundle, each, MACHINE) for each in (manifest, manifest.int8())]
+    assert [path.name for path in proofs] == ["parity.json", "parity.int8.json"]
+    for path in proofs:
+        path.write_bytes(b"{}")
+    assert states(bundle) == ["current"]
 
 
 def test_leftovers_are_shown(bundle: Path, add: Add) -> None:

@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from bundle import manifest as schema
 from bundle.errors import BundleError, BundleVersionError
 from bundle.manifest import SCHEMA, Manifest
-from tests.bundles import Tiny, make_bundle
+from runtime.policy import Policy
+from tests.bundles import Tiny, add_int8, make_bundle
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 sizes = st.integers(0, 2**63 - 1)
 floats = st.floats(allow_nan=False, allow_infinity=False)
-precisions = st.sampled_from(["fp32", "fp16"])
+precisions = st.sampled_from(["fp32", "fp16", "int8"])
 
 
 def tuples(values: st.SearchStrategy[Any], size: int = 3) -> st.SearchStrategy[Any]:
@@ -34,6 +35,7 @@ tensors = st.builds(schema.Tensor, name=texts, dtype=texts, shape=tuples(sizes))
 graphs = st.builds(
     schema.Graph,
     file=texts,
+    form=st.sampled_from(["portable", "ort-cpu", "openvino"]),
     sequence=st.none() | sizes,
     nodes=sizes,
     inputs=tuples(tensors, 1),
@@ -99,6 +101,23 @@ parities = st.builds(
     feature_max_error=floats,
     action_max_error=floats,
 )
+quantized = st.builds(
+    schema.Quantized,
+    stages=st.dictionaries(texts, stages, max_size=2),
+    calibration_sha256=texts,
+    calibration_frames=sizes,
+    random=st.booleans(),
+    method=texts,
+    assignment=st.dictionaries(texts, precisions, max_size=2),
+    budget=floats,
+    action_error=floats,
+    frames=sizes,
+    verdict=st.sampled_from(["PASS", "WARN", "FAIL"]),
+    golden_cosine=floats,
+    golden_error=floats,
+    machine=texts,
+    measured=tuples(st.builds(schema.Measured, backend=texts, precision=precisions, step_ms=floats), 2),
+)
 manifests = st.builds(
     Manifest,
     schema=st.just(SCHEMA),
@@ -110,8 +129,10 @@ manifests = st.builds(
     x_attn_causal_source=texts,
     prompt=prompts,
     preprocessing=preprocessings,
+    fps=st.none() | floats,
     action=actions,
     stages=st.dictionaries(texts, stages, max_size=2),
+    quantized=st.none() | quantized,
     files=st.dictionaries(texts, files, max_size=3),
     parity=parities,
     manifest_sha256=st.just("") | texts,
@@ -120,7 +141,9 @@ manifests = st.builds(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("manifest") / "tiny.bundle", Tiny(head="classes"))
+    made = make_bundle(tmp_path_factory.mktemp("manifest") / "tiny.bundle", Tiny(head="classes"))
+    add_int8(made)
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +193,7 @@ def test_the_digest_is_of_the_json_with_sorted_keys(raw: bytes) -> None:
 def test_it_is_made_to_be_read(raw: bytes) -> None:
     lines = raw.decode().splitlines()
 
-    assert lines[:2] == ["{", '  "schema": 1,']
+    assert lines[:2] == ["{", f'  "schema": {SCHEMA},']
     assert raw.endswith(b"}\n")
     assert len(lines) > 100
 
@@ -197,6 +220,8 @@ def test_it_cannot_be_changed_in_place(folder: Path) -> None:
 # --- what is refused ------------------------------------------------------------------------------------------------------
 
 Place = tuple[str | int, ...]
+# Objects whose keys are names, not fields.
+FREE: tuple[Place, ...] = (("stages",), ("files",), ("quantized", "stages"), ("quantized", "assignment"))
 
 
 def places(value: object, place: Place = ()) -> Iterator[tuple[Place, Any]]:
@@ -208,10 +233,10 @@ def places(value: object, place: Place = ()) -> Iterator[tuple[Place, Any]]:
 
 
 def spelled(place: Place) -> str:
-    """A place as the error spells it; entries of `stages` and `files`, whose keys are free, are [...]."""
+    """A place as the error spells it; entries of `stages`, `files` and `assignment`, whose keys are free, are [...]."""
     parts = ["$"]
     for index, part in enumerate(place):
-        free = index == 1 and place[0] in ("stages", "files")
+        free = place[:index] in FREE
         parts.append("[...]" if free else f"[{part}]" if isinstance(part, int) else f".{part}")
     return "".join(parts)
 
@@ -237,15 +262,13 @@ def refusal(data: bytes) -> str:
 
 def structs(content: Any) -> list[Place]:
     """Places of all objects with fixed fields."""
-    return [
-        place for place, value in places(content) if isinstance(value, dict) and place not in (("stages",), ("files",))
-    ]
+    return [place for place, value in places(content) if isinstance(value, dict) and place not in FREE]
 
 
 def test_unknown_fields_are_named(raw: bytes) -> None:
     content = json.loads(raw)
     found = structs(content)
-    assert len(found) == 40
+    assert len(found) == 83
     for place in found:
         text = refusal(edited(content, (*place, "surprise"), lambda parent, key: parent.update({key: 1})))
         assert "Object contains unknown field `surprise`" in text
@@ -272,7 +295,7 @@ def test_wrong_types_are_named(raw: bytes, wrong: object) -> None:
         if place in ((), ("schema",)) or type(value) is type(wrong) or number or is_allowed(place, wrong):
             continue
         text = refusal(edited(content, place, lambda parent, key: parent.__setitem__(key, wrong)))
-        assert "does not fit schema 1" in text
+        assert f"does not fit schema {SCHEMA}" in text
         assert f" - at `{spelled(place)}`" in text
         tried += 1
     assert tried > 100
@@ -280,7 +303,9 @@ def test_wrong_types_are_named(raw: bytes, wrong: object) -> None:
 
 def is_allowed(place: Place, wrong: object) -> bool:
     """Optional fields, and values that mean something else but have the right type."""
-    optional = {"base_sha256": (str,), "pad_to": (int,), "sequence": (int,), "mu": (int, float)}
+    optional = {"base_sha256": (str,), "pad_to": (int,), "sequence": (int,), "mu": (int, float), "fps": (int, float)}
+    if place == ("quantized",):
+        return wrong is None
     kinds = optional.get(str(place[-1]))
     return kinds is not None and (wrong is None or (isinstance(wrong, kinds) and not isinstance(wrong, bool)))
 
@@ -288,7 +313,7 @@ def is_allowed(place: Place, wrong: object) -> bool:
 @pytest.mark.parametrize(
     ("place", "value"),
     [
-        (("precision",), "int8"),
+        (("precision",), "int4"),
         (("prompt", "packing"), "Upstream"),
         (("preprocessing", "color"), "BGR"),
         (("preprocessing", "resize"), "nearest"),
@@ -308,7 +333,7 @@ def test_values_that_no_runtime_knows_are_refused(raw: bytes, place: Place, valu
 def test_a_newer_schema_asks_for_a_newer_jetvla(raw: bytes, found: int) -> None:
     """A newer manifest has fields that we do not know; its version, not those, is what the user must hear of."""
     content = json.loads(raw) | {"schema": found, "engines": {}}
-    with pytest.raises(BundleVersionError, match=rf"got:      {found}\n  expected: 1\n\nhint: update jetvla"):
+    with pytest.raises(BundleVersionError, match=rf"got:      {found}\n  expected: {SCHEMA}\n\nhint: update jetvla"):
         Manifest.decode(json.dumps(content).encode())
 
 
@@ -321,7 +346,7 @@ def test_an_older_or_odd_schema_asks_for_a_rebuild(raw: bytes, found: object) ->
 
 @pytest.mark.parametrize("content", [b"[]", b"3", b'"manifest"', b"null", b"{}"])
 def test_json_that_is_no_manifest(content: bytes) -> None:
-    with pytest.raises(BundleVersionError, match="expected: 1"):
+    with pytest.raises(BundleVersionError, match=f"expected: {SCHEMA}"):
         Manifest.decode(content)
 
 
@@ -439,6 +464,53 @@ def test_an_intact_bundle_verifies(bundle: Path) -> None:
     for name, record in manifest.files.items():
         content = (bundle / name).read_bytes()
         assert (record.bytes, record.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+
+
+def broken(change: str, manifest: Manifest) -> Manifest:
+    """A manifest whose INT8 variant, or precision, is not what the runtime relies on."""
+    variant = manifest.quantized
+    assert variant is not None
+    language, vision = variant.stages["language"], variant.stages["vision"]
+    stages = {
+        "unknown": {"hand": vision},
+        "none": {"vision": msgspec.structs.replace(vision, graphs=())},
+        "form": {"vision": msgspec.structs.replace(vision, graphs=vision.graphs[1:])},
+        "bucket": {"language": msgspec.structs.replace(language, graphs=language.graphs[1:])},
+        "bucket of a form": {"language": msgspec.structs.replace(language, graphs=language.graphs[:-1])},
+        "length": {"vision": msgspec.structs.replace(vision, graphs=language.graphs)},
+    }
+    if change == "view":
+        return manifest.int8()
+    if change == "nothing":
+        return msgspec.structs.replace(manifest, precision="int8", quantized=None)
+    return msgspec.structs.replace(
+        manifest, quantized=msgspec.structs.replace(variant, stages=variant.stages | stages[change])
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        ("unknown", "an INT8 stage 'hand'"),
+        ("none", "no portable INT8 graph of vision"),
+        ("form", "no portable INT8 graph of vision"),
+        ("bucket", "no portable INT8 graph of language, bucket 12"),
+        ("bucket of a form", "no ort-cpu INT8 graph of language, bucket 24"),
+        ("length", "no portable INT8 graph of vision; no ort-cpu INT8 graph of vision"),
+        ("view", "precision int8 of the bundle itself"),
+        ("nothing", "precision int8 of the bundle itself"),
+    ],
+)
+def test_an_int8_variant_that_cannot_be_run(bundle: Path, change: str, got: str) -> None:
+    manifest = add_int8(bundle)
+    manifest.verify_sizes(bundle)
+    broken(change, manifest).save(bundle)
+    with pytest.raises(BundleError, match="has an INT8 variant that cannot be run") as caught:
+        Manifest.load(bundle).verify_sizes(bundle)
+    assert caught.value.got == got
+    for precision in ("auto", "int8", "float"):
+        with pytest.raises(BundleError):
+            Policy.load(bundle, "fake", precision=precision)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -23,8 +23,9 @@ import msgspec
 import pytest
 
 from bundle import engine_cache
+from bundle import manifest as manifest_module
 from bundle.atomic import exclusive
-from bundle.engine_cache import ENGINE_PARITY, TIMING_CACHE, Found
+from bundle.engine_cache import ENGINE_PARITY, ENGINE_PARITY_INT8, TIMING_CACHE, Found
 from bundle.errors import (
     BundleError,
     BundleLockedError,
@@ -35,7 +36,7 @@ from bundle.errors import (
     StorageError,
 )
 from bundle.manifest import Manifest
-from export import engine_builder, engine_plan
+from export import engine_builder, engine_plan, parity
 from export.config import BuildConfig, EnginesConfig
 from export.console import Reporter
 from export.engine_builder import Outcome
@@ -46,6 +47,7 @@ from export.pipeline import build, build_engines
 from export.to_tensorrt import EngineBuilt, EngineRequest, build_engine
 from runtime.backends.fake_gpu import DESKTOP, ORIN, FakeCuda
 from runtime.backends.trt import TrtBackend
+from tests.bundles import add_int8
 from tests.checkpoints import file_size_limit
 from tests.engines import fake_tensorrt, go_on, request
 from tests.export.builds import QUICK, ROOT, SCRIPT, command_line, contents
@@ -565,3 +567,116 @@ def test_engines_that_were_asked_for_last_are_the_ones_that_run(bundle: Path, ro
         engines(bundle, EngineOptions(optimization_level=level), build=robot.build)
     running = engine_cache.newest(bundle, Manifest.load(bundle), robot.fingerprint)
     assert {record.settings.optimization_level for record in running.values()} == {5}
+
+
+# --- two precisions -----------------------------------------------------------------------------------------------------------
+
+INT8_LABELS = LABELS - {"action_head"}
+
+
+@pytest.mark.fake_gpu
+def test_engines_of_both_precisions_live_side_by_side(bundle: Path, robot: Robot) -> None:
+    add_int8(bundle)
+    int8_proof = robot.report(bundle).with_name(ENGINE_PARITY_INT8)
+    outcome = engines(bundle, EngineOptions(), build=robot.build)
+    assert labels(outcome.built) == LABELS
+    assert int8_proof.exists()
+    assert not robot.report(bundle).exists()
+    floats = engines(bundle, EngineOptions(precision="float"), build=robot.build)
+    assert (labels(floats.built), labels(floats.reused)) == (INT8_LABELS, {"action_head"})
+    assert floats.verified == (robot.fingerprint,)
+    assert int8_proof.exists()
+    assert robot.report(bundle).exists()
+    assert sorted(usable(bundle)) == sorted([*LABELS, *INT8_LABELS])
+    for precision in ("int8", "float", "auto"):
+        again = engines(bundle, EngineOptions(precision=precision), build=nothing_is_built)
+        assert (labels(again.reused), again.verified) == (LABELS, ())
+    done = tidy("prune", bundle)
+    assert (done.returncode, done.stdout) == (0, "0 B freed\n"), done.stdout
+    # Other settings replace what was built of this precision, and the head that both share; nothing else.
+    engines(bundle, EngineOptions(precision="int8", optimization_level=1), build=robot.build)
+    manifest = Manifest.load(bundle)
+    for view, level in ((manifest.int8(), {1}), (manifest, {1, 3})):
+        running = engine_cache.newest(bundle, view, robot.fingerprint)
+        assert {record.settings.optimization_level for record in running.values()} == level
+    assert len(usable(bundle)) == len(LABELS) + len(INT8_LABELS)
+    assert int8_proof.exists()
+    assert not robot.report(bundle).exists()  # the head is another
+
+
+@pytest.mark.fake_gpu
+@pytest.mark.parametrize(
+    ("changes", "precision", "planned"),
+    [
+        ({}, "auto", "int8"),
+        ({}, "float", "fp16"),
+        ({"random": True}, "auto", "fp16"),
+        ({"verdict": "FAIL"}, "auto", "fp16"),
+        ({"random": True}, "int8", "int8"),
+    ],
+)
+def test_which_engines_are_planned(
+    bundle: Path, robot: Robot, changes: dict[str, Any], precision: Any, planned: str
+) -> None:
+    add_int8(bundle, **changes)
+    reporter = Reporter(1, quiet=True)
+    config = EnginesConfig(bundle, precision=precision, dry_run=True)
+    assert build_engines(config, reporter) == bundle
+    assert f"TensorRT for Orin; {'INT8' if planned == 'int8' else 'fp16'}, " in reporter.log
+    _, tasks = engine_builder.plan_engines(bundle, config.options, reporter)
+    assert {task.label: f".{planned}." in task.graph.file for task in tasks} == dict.fromkeys(LABELS, True) | {
+        "action_head": False
+    }
+    assert not (bundle / "engines").exists()
+
+
+@pytest.mark.fake_gpu
+def test_int8_engines_of_a_bundle_without_a_variant(bundle: Path, robot: Robot) -> None:
+    for dry_run in (False, True):
+        with pytest.raises(BundleError, match="no INT8 variant"):
+            build_engines(EnginesConfig(bundle, precision="int8", dry_run=dry_run))
+    with pytest.raises(ConfigError, match="unknown precision of engines"):
+        EngineOptions(precision="fp16")  # type: ignore[arg-type]
+
+
+@pytest.mark.fake_gpu
+def test_only_what_engines_are_made_of_is_hashed(bundle: Path, robot: Robot, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = add_int8(bundle)
+    hashed: list[str] = []
+    real = manifest_module.sha256_file
+    monkeypatch.setattr(manifest_module, "sha256_file", lambda path: hashed.append(path.name) or real(path))
+    engines(bundle, EngineOptions(), build=robot.build)
+    assert manifest.int8().stage_files() <= set(hashed)
+    assert not (manifest.stage_files() - manifest.int8().stage_files()) & set(hashed)
+
+
+@pytest.mark.fake_gpu
+def test_a_failed_proof_of_int8_leaves_proved_engines_alone(
+    bundle: Path, robot: Robot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_int8(bundle)
+    engines(bundle, EngineOptions(precision="float"), build=robot.build)
+    limits = parity.Limits(2.0, 2.0, 0.0, 0.0)
+    monkeypatch.setattr(parity, "limits_of", lambda manifest: limits)
+    with pytest.raises(ParityError) as caught:
+        engines(bundle, EngineOptions(), build=robot.build)
+    assert caught.value.expected == "PASS for int8"
+    assert sorted(usable(bundle)) == sorted(LABELS)
+    assert robot.report(bundle).exists()
+    assert not robot.report(bundle).with_name(ENGINE_PARITY_INT8).exists()
+
+
+@pytest.mark.fake_gpu
+def test_a_build_that_was_killed_before_its_proof_is_proved_later(bundle: Path, robot: Robot) -> None:
+    """An old proof says nothing of engines that were built after it."""
+    engines(bundle, EngineOptions(), build=robot.build)
+
+    def dies(request: EngineRequest, progress: Any) -> EngineBuilt:
+        if request.label == "action_head":
+            raise KeyboardInterrupt
+        return robot.build(request, progress)
+
+    with pytest.raises(KeyboardInterrupt):
+        engines(bundle, EngineOptions(), build=dies, force=True)
+    outcome = engines(bundle, EngineOptions(), build=nothing_is_built)
+    assert (labels(outcome.reused), outcome.verified) == (LABELS, (robot.fingerprint,))

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from bundle.manifest import Graph, Manifest, Precision
 from bundle.recording import Episode, ReferenceStep
 from export import parity
-from export.parity import LIMITS, ParityReport, judge, random_frames
+from export.parity import LIMITS, ParityReport, judge, limits_of, random_frames
 from export.reference import record_reference
 from runtime.backends.base import Feeds, Outputs, Stage
 from runtime.backends.ort import OrtBackend
 from runtime.policy import Policy
+from tests.bundles import add_int8, make_bundle
 from tests.export.conftest import Built, MakeSynthetic
 from train.checkpoint import load
 from train.policy import CLIP_MEAN, CLIP_STD, Conventions, KosmosPolicy
@@ -43,15 +44,15 @@ def test_verdicts_change_exactly_at_the_limits(precision: Precision) -> None:
         ("action_error", limits.action_error_pass, limits.action_error_warn, math.inf),
     ):
         values = (good, math.nextafter(good, worse), fair, math.nextafter(fair, worse))
-        verdicts = [judge(precision, **{**GOOD, name: value})[0] for value in values]
+        verdicts = [judge(limits, **{**GOOD, name: value})[0] for value in values]
         assert verdicts == ["PASS", "WARN", "WARN", "FAIL"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_verdict_gives_its_reasons(precision: Precision) -> None:
     limits = LIMITS[precision]
-    assert judge(precision, **GOOD) == ("PASS", ())
-    verdict, reasons = judge(precision, feature_cosine=0.5, action_error=limits.action_error_warn, spread=0.1)
+    assert judge(limits, **GOOD) == ("PASS", ())
+    verdict, reasons = judge(limits, feature_cosine=0.5, action_error=limits.action_error_warn, spread=0.1)
     assert verdict == "FAIL"
     assert reasons == (
         f"feature cosine 0.5000000, PASS from {limits.feature_cosine_pass}",
@@ -62,7 +63,7 @@ def test_a_verdict_gives_its_reasons(precision: Precision) -> None:
 @pytest.mark.parametrize("name", ["feature_cosine", "action_error"])
 @pytest.mark.parametrize("value", [math.nan, -math.inf, math.inf])
 def test_what_is_not_a_number_fails(name: str, value: float) -> None:
-    verdict, reasons = judge("fp16", **{**GOOD, name: value})
+    verdict, reasons = judge(LIMITS["fp16"], **{**GOOD, name: value})
     impossible = (name, value) in (("feature_cosine", math.inf), ("action_error", -math.inf))
     assert verdict == ("PASS" if impossible else "FAIL")
     assert len(reasons) == (not impossible)
@@ -70,13 +71,34 @@ def test_what_is_not_a_number_fails(name: str, value: float) -> None:
 
 @pytest.mark.parametrize(("spread", "verdict"), [(0.0, "WARN"), (9.9e-6, "WARN"), (1e-5, "PASS"), (1.0, "PASS")])
 def test_agreement_on_a_constant_is_a_warning(spread: float, verdict: str) -> None:
-    assert judge("fp32", **{**GOOD, "spread": spread})[0] == verdict
+    assert judge(LIMITS["fp32"], **{**GOOD, "spread": spread})[0] == verdict
     if verdict == "WARN":
-        _, (reason,) = judge("fp32", **{**GOOD, "spread": spread})
+        _, (reason,) = judge(LIMITS["fp32"], **{**GOOD, "spread": spread})
         assert "barely change over the frames" in reason
         assert "proves little" in reason
         # It does not hide what is worse.
-        assert judge("fp32", feature_cosine=0.0, action_error=0.0, spread=spread)[0] == "FAIL"
+        assert judge(LIMITS["fp32"], feature_cosine=0.0, action_error=0.0, spread=spread)[0] == "FAIL"
+
+
+def test_int8_is_held_to_its_own_acceptance(tmp_path: Path) -> None:
+    """Recorded: golden cosine 0.999, golden error 0.003, action error 0.01 on the held-out frames."""
+    folder = make_bundle(tmp_path / "tiny.bundle")
+    assert limits_of(Manifest.load(folder)) == LIMITS["fp32"]
+    limits = limits_of(add_int8(folder).int8())
+    least, most = limits.feature_cosine_pass, limits.action_error_pass
+    assert (least, most) == pytest.approx((1 - 3e-3 - 1e-4, 2 * 0.01 + 0.01))
+    for values, verdict in (
+        ({"feature_cosine": least, "action_error": most}, "PASS"),
+        ({"feature_cosine": math.nextafter(least, 0)}, "FAIL"),
+        ({"action_error": math.nextafter(most, 1)}, "FAIL"),
+    ):
+        assert judge(limits, **{**GOOD, **values})[0] == verdict
+    worse = limits_of(add_int8(folder, golden_error=0.02).int8())
+    assert worse.action_error_pass == pytest.approx(3 * 0.02 + 0.01)
+    for far in ({"golden_error": 0.7}, {"action_error": 0.4}):
+        limits = limits_of(add_int8(folder, golden_cosine=0.6, **far).int8())
+        assert (limits.feature_cosine_warn, limits.feature_cosine_pass) == (0.9, 0.9)
+        assert (limits.action_error_warn, limits.action_error_pass) == (0.3, 0.3)
 
 
 def test_limits_are_ordered_and_stricter_for_fp32() -> None:

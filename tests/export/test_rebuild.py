@@ -12,12 +12,14 @@ import pytest
 from bundle.manifest import Manifest
 from export.pipeline import BuildConfig
 from export.weights import STAGES
+from tests.bundles import add_int8
 from tests.checkpoints import GO_LEFT, GO_RIGHT, configs, rewrite
 from tests.export.builds import (
     QUICK,
     assert_complete,
     change,
     command_line,
+    contents,
     edit_weight,
     precisions,
     quietly,
@@ -153,6 +155,20 @@ def test_force_rebuilds_everything_to_the_same_bytes(bundle: BuildConfig) -> Non
     for stage, (inode, content) in weight_files(bundle.target).items():
         assert content == before[stage][1]
         assert inode != before[stage][0]
+
+
+def test_a_rebuilt_bundle_has_no_int8_variant(bundle: BuildConfig) -> None:
+    """It was made of the old weights. A build that has nothing to do leaves it where it is."""
+    add_int8(bundle.target)
+    said = "INT8 variant is not carried over"
+    assert said not in quietly(bundle)
+    assert Manifest.load(bundle.target).quantized is not None
+    edit_weight(bundle.checkpoint, TEXT_LORA)
+    assert said in quietly(bundle)
+    manifest = Manifest.load(bundle.target)
+    assert manifest.quantized is None
+    assert not [name for name in contents(bundle.target) if "int8" in str(name)]
+    assert said not in quietly(change(bundle, force=True))
 
 
 @pytest.mark.parametrize("damage", ["changed", "truncated", "missing"])

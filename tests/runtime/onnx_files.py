@@ -18,18 +18,20 @@ from bundle.manifest import Tensor
 
 @dataclass
 class GraphWriter:
-    """Collects nodes and constants of one graph, then gives its file (opset 17)."""
+    """Collects nodes and constants of one graph, then gives its file (opset 17; of other domains 1)."""
 
     nodes: list[bytes] = field(default_factory=list)
     constants: list[bytes] = field(default_factory=list)
+    domains: set[str] = field(default_factory=set)
 
-    def add(self, op: str, *inputs: str, out: str | None = None, **attributes: int) -> str:
+    def add(self, op: str, *inputs: str, out: str | None = None, domain: str = "", **attributes: int) -> str:
         """Append a node; returns the name of its output."""
         output = out or f"t{len(self.nodes)}"
         body = b"".join(text(1, name) for name in inputs) + text(2, output) + text(4, op)
         for name, value in attributes.items():
             body += message(5, text(1, name) + number(3, value) + number(20, 2))
-        self.nodes.append(message(1, body))
+        self.nodes.append(message(1, body + text(7, domain) if domain else body))
+        self.domains.update([domain] if domain else [])
         return output
 
     def constant(self, value: NDArray[np.generic]) -> str:
@@ -49,4 +51,5 @@ class GraphWriter:
         body = b"".join([*self.nodes, text(2, "tiny"), *self.constants])
         body += b"".join(message(11, value_info(tensor)) for tensor in inputs)
         body += b"".join(message(12, value_info(tensor)) for tensor in outputs)
-        return number(1, 8) + message(7, body) + message(8, number(2, 17))
+        others = [message(8, text(1, domain) + number(2, 1)) for domain in sorted(self.domains)]
+        return number(1, 8) + message(7, body) + b"".join([message(8, number(2, 17)), *others])

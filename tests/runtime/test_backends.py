@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 
-from bundle.errors import BackendError
-from bundle.manifest import Graph, Tensor
+from bundle.errors import BackendError, ConfigError
+from bundle.manifest import Graph, Measured, Quantized, Tensor
 from runtime.backends.base import Feeds
 from runtime.backends.fake import FakeBackend
 from runtime.backends.ort import PROVIDERS, OrtBackend
@@ -26,7 +28,7 @@ def tensor(name: str, dtype: str, *shape: int) -> Tensor:
 
 X, INDEX = tensor("x", "float32", 2, 3), tensor("index", "int64", 2)
 Y, TWICE = tensor("y", "float32", 2, 3), tensor("twice", "float32", 2, 3)
-GRAPH = Graph(file="g.onnx", sequence=None, nodes=2, inputs=(X, INDEX), outputs=(Y, TWICE))
+GRAPH = Graph(file="g.onnx", form="portable", sequence=None, nodes=2, inputs=(X, INDEX), outputs=(Y, TWICE))
 
 
 def feeds(*indices: int, seed: int = 0) -> Feeds:
@@ -49,16 +51,116 @@ def onnxruntime() -> ModuleType:
     return module
 
 
+def quantized(**changes: Any) -> Quantized:
+    fields: dict[str, Any] = {
+        "stages": {},
+        "calibration_sha256": "",
+        "calibration_frames": 1,
+        "random": False,
+        "method": "",
+        "assignment": {},
+        "budget": 0.0,
+        "action_error": 0.0,
+        "frames": 1,
+        "verdict": "PASS",
+        "golden_cosine": 1.0,
+        "golden_error": 0.0,
+        "machine": "",
+        "measured": (),
+    }
+    return Quantized(**fields | changes)
+
+
 # --- names ------------------------------------------------------------------------------------------------------------------
 
 
-def test_candidates() -> None:
-    assert candidates("ort") == ("ort:tensorrt", "ort:tensorrt-rtx", "ort:cuda", "ort:cpu")
-    assert candidates("auto") == ("trt", *candidates("ort"))
-    for name in set(NAMES) - {"auto", "ort"}:
-        assert candidates(name) == (name,)
+UNTRUSTED = (None, quantized(random=True), quantized(verdict="FAIL"))
+
+
+@pytest.mark.parametrize("variant", [*UNTRUSTED, quantized()])
+def test_candidates_in_floating_point(variant: Quantized | None) -> None:
+    """Also by default, unless there is a variant that may be run without being named."""
+    for precision in ("float", *(("auto",) if variant in UNTRUSTED else ())):
+        tried = functools.partial(names_tried, precision=precision, variant=variant)
+        assert tried("ort") == ("ort:tensorrt", "ort:tensorrt-rtx", "ort:cuda", "ort:cpu")
+        assert tried("auto") == ("trt", *tried("ort"))
+        for name in set(NAMES) - {"auto", "ort"}:
+            assert tried(name) == (name,)
+        assert "ort:openvino" not in tried("auto")  # bf16's errors are the user's to accept
     assert set(NAMES) == {"auto", "trt", "ort", "fake", *PROVIDERS}
-    assert "ort:openvino" not in candidates("auto")  # bf16's errors are the user's to accept
+
+
+def names_tried(name: str, precision: Any, variant: Quantized | None) -> tuple[str, ...]:
+    tried = candidates(name, precision, variant)
+    assert {kind for _, kind in tried} == {"float"}
+    return tuple(name for name, _ in tried)
+
+
+GPU_ENGINES = [("trt", "int8"), ("trt", "float")]
+GPU = [("ort:tensorrt", "float"), ("ort:tensorrt-rtx", "float"), ("ort:cuda", "float")]
+INT8, VINO, FLOAT = ("ort:cpu", "int8"), ("ort:openvino", "int8"), ("ort:cpu", "float")
+VINO_FLOAT = ("ort:openvino", "float")
+
+
+@pytest.mark.parametrize(
+    ("name", "measured", "tried"),
+    [
+        ("auto", [INT8, FLOAT], [*GPU_ENGINES, *GPU, INT8, FLOAT]),
+        ("auto", [VINO, INT8, FLOAT], [*GPU_ENGINES, *GPU, VINO, INT8, FLOAT]),
+        ("auto", [FLOAT, INT8], [*GPU_ENGINES, *GPU, FLOAT, INT8]),
+        ("auto", [], [*GPU_ENGINES, *GPU, FLOAT]),
+        ("auto", [FLOAT], [*GPU_ENGINES, *GPU, FLOAT]),
+        ("auto", [INT8], [*GPU_ENGINES, *GPU, INT8, FLOAT]),
+        ("auto", [("ort:openvino", "float"), ("trt", "int8"), VINO], [*GPU_ENGINES, *GPU, VINO, FLOAT]),
+        ("ort", [VINO, INT8, FLOAT], [*GPU, VINO, INT8, FLOAT]),
+        ("trt", [VINO], [("trt", "int8"), ("trt", "float")]),
+        ("trt", [], [("trt", "int8"), ("trt", "float")]),
+        ("ort:cpu", [INT8, FLOAT], [INT8, FLOAT]),
+        ("ort:cpu", [INT8], [INT8, FLOAT]),
+        ("ort:cpu", [FLOAT, INT8], [FLOAT]),
+        ("ort:cpu", [VINO, FLOAT], [FLOAT]),
+        ("ort:cpu", [VINO, INT8, FLOAT], [INT8, FLOAT]),
+        ("ort:cpu", [], [FLOAT]),
+        ("ort:openvino", [VINO, INT8, FLOAT], [VINO, VINO_FLOAT]),
+        (
+            "ort:openvino",
+            [FLOAT, VINO],
+            [VINO, VINO_FLOAT],
+        ),  # another backend's floating point is not what was asked for
+        ("ort:openvino", [VINO_FLOAT, VINO], [VINO_FLOAT]),
+        ("ort:openvino", [INT8, FLOAT], [VINO_FLOAT]),
+        ("ort:cuda", [VINO], [("ort:cuda", "float")]),
+        ("ort:tensorrt", [VINO], [("ort:tensorrt", "float")]),
+        ("ort:tensorrt-rtx", [VINO], [("ort:tensorrt-rtx", "float")]),
+        ("fake", [VINO], [("fake", "float")]),
+    ],
+)
+def test_candidates_with_an_int8_variant(name: str, measured: Any, tried: Any) -> None:
+    variant = quantized(
+        measured=tuple(
+            Measured(backend=backend, precision="int8" if kind == "int8" else "fp32", step_ms=float(index))
+            for index, (backend, kind) in enumerate(measured)
+        )
+    )
+    assert candidates(name, "auto", variant) == tuple(tried)
+
+
+@pytest.mark.parametrize("variant", [quantized(), quantized(random=True), quantized(verdict="FAIL")])
+@pytest.mark.parametrize(
+    ("name", "tried"),
+    [
+        ("auto", [("trt", "int8"), INT8]),
+        ("ort", [INT8]),
+        *((name, [(name, "int8")]) for name in ("trt", "fake", *PROVIDERS)),
+    ],
+)
+def test_int8_that_is_asked_for(name: str, tried: Any, variant: Quantized) -> None:
+    assert candidates(name, "int8", variant) == tuple(tried)
+
+
+def test_an_unknown_precision() -> None:
+    with pytest.raises(ConfigError, match=r"unknown precision 'fp16'\n  expected: auto, int8, float"):
+        candidates("auto", "fp16")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["", "cuda", "ort:", "ort:tpu", "FAKE"])

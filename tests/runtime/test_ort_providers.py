@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import platform
+import shutil
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -13,13 +18,13 @@ import pytest
 
 from bundle import manifest as manifest_module
 from bundle.errors import BackendError, BundleError, DeviceError, EngineError
-from bundle.manifest import Graph, Manifest
-from runtime.backends import ort_plugins, select
-from runtime.backends.ort import OrtBackend, OrtStage
+from bundle.manifest import Graph, Manifest, Tensor
+from runtime.backends import mapped_weights, ort_plugins, select
+from runtime.backends.ort import PROVIDERS, OrtBackend, OrtStage
 from runtime.backends.ort_device import OrtDeviceChain
-from runtime.backends.ort_probe import PROBE, expected, probe, probe_model
+from runtime.backends.ort_probe import PROBE, expected, int8_model, probe, probe_int8, probe_model
 from runtime.policy import Policy
-from tests.bundles import GO_LEFT, LONG_IDS, Tiny, make_bundle
+from tests.bundles import GO_LEFT, LONG_IDS, Tiny, add_int8, make_bundle
 from tests.runtime.onnx_files import GraphWriter
 
 FRAMES = np.random.default_rng(3).integers(0, 256, (8, 24, 32, 3), dtype=np.uint8)
@@ -93,6 +98,143 @@ def test_the_probe_runs_before_the_bundle_is_read(onnxruntime: ModuleType, monke
     assert seen == ["ort:cuda"]
 
 
+# --- the INT8 probe ------------------------------------------------------------------------------------------------------------
+
+CPUS = ("ort:cpu", "ort:openvino")
+
+
+def written(name: str) -> bytes:
+    """The INT8 probe's file, made anew."""
+    writer = GraphWriter()
+    scale = writer.constant(np.array(np.float32(1)))
+    zero = writer.constant(np.array(np.uint8(128) if name == "ort:cpu" else np.int8(0)))
+    weight = (
+        writer.constant(np.full((8, 64), 127, np.int8)),
+        writer.constant(np.ones(8, np.float32)),
+        writer.constant(np.zeros(8, np.int8)),
+    )
+    if name == "ort:cpu":
+        writer.add("QGemm", "x", scale, zero, *weight, out="y", domain="com.microsoft", transB=1)
+        dtype = "uint8"
+    else:
+        integers = writer.add("QuantizeLinear", "x", scale, zero)
+        activation = writer.add("DequantizeLinear", integers, scale, zero)
+        writer.add("Gemm", activation, writer.add("DequantizeLinear", *weight, axis=0), out="y", transB=1)
+        dtype = "float32"
+    return writer.model(
+        [Tensor(name="x", dtype=dtype, shape=(4, 64))], [Tensor(name="y", dtype="float32", shape=(4, 8))]
+    )
+
+
+class Product:
+    """A stage that computes the probe with given sums of pairs of uint8 x int8 products, as CPUs do that have no VNNI."""
+
+    def __init__(self, pair: Callable[[np.ndarray], np.ndarray], after: Callable[[np.ndarray], np.ndarray]) -> None:
+        self._pair, self._after = pair, after
+
+    def run(self, feeds: Any) -> Any:
+        x = feeds["x"].astype(np.int64)
+        x = x if feeds["x"].dtype == np.uint8 else x + 128
+        pairs = self._pair((x * 127).reshape(4, 32, 2).sum(axis=2))
+        sums = (pairs.sum(axis=1) - 128 * 127 * 64).astype(np.float32)
+        return {"y": self._after(np.repeat(sums[:, None], 8, axis=1))}
+
+
+def saturating(pairs: np.ndarray) -> np.ndarray:
+    return np.clip(pairs, -32768, 32767)
+
+
+def exact(values: np.ndarray) -> np.ndarray:
+    return values
+
+
+@pytest.mark.parametrize("name", CPUS)
+def test_the_int8_probe_is_what_it_says(name: str) -> None:
+    assert int8_model(name) == written(name)
+    onnx = pytest.importorskip("onnx")
+    onnx.checker.check_model(onnx.load_from_string(int8_model(name)), full_check=name != "ort:cpu")
+
+
+@pytest.mark.parametrize("name", CPUS)
+def test_products_that_saturate_are_found(name: str) -> None:
+    probe_int8(name, lambda model, graph: Product(exact, exact))
+    probe_int8(
+        name, lambda model, graph: Product(exact, lambda y: (y.view(np.uint32) & np.uint32(0xFFFF0000)).view("f4"))
+    )
+    with pytest.raises(BackendError, match="this CPU's 8-bit products saturate") as caught:
+        probe_int8(name, lambda model, graph: Product(saturating, exact))
+    assert caught.value.got == f"a sum of 64 products that is off by 99.2%, on {name}"
+    assert "exact" in str(caught.value.expected)
+    assert "--precision float" in caught.value.hint
+    assert not caught.value.absent  # worth a warning
+    with pytest.raises(BackendError, match="saturate"):
+        probe_int8(name, lambda model, graph: Product(exact, lambda y: y * np.float32(np.nan)))
+
+
+@pytest.mark.usefixtures("onnxruntime")
+def test_int8_on_a_cpu_is_probed_before_a_graph_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = add_int8(folder)
+    order: list[str] = []
+    load = OrtBackend.load
+    monkeypatch.setattr("runtime.backends.ort.probe_int8", lambda name, opener: order.append(f"probe {name}"))
+    monkeypatch.setattr(OrtBackend, "load", lambda *args: order.append("load") or load(*args))
+    OrtBackend("ort:cpu", threads=1).open(folder, manifest.int8("ort-cpu"))
+    assert order == ["probe ort:cpu", "load", "load"]
+    order.clear()
+    OrtBackend("ort:cpu", threads=1).open(folder, manifest)
+    assert order == ["load", "load"]
+    for name in set(PROVIDERS) - set(CPUS):
+        probe_int8(name, lambda model, graph: pytest.fail("nobody's CPU"))
+
+
+_OPEN = """
+import sys
+from pathlib import Path
+from bundle.manifest import Manifest
+from runtime.backends.ort import OrtBackend
+OrtBackend(sys.argv[1], threads=1).open(Path(sys.argv[2]), Manifest.load(sys.argv[2]).int8())
+"""
+
+
+def opened_by(command: list[str], name: str, folder: Path, **environment: str) -> str:
+    add_int8(folder)
+    done = subprocess.run(
+        [*command, sys.executable, "-c", _OPEN, name, str(folder)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    return done.stderr
+
+
+@pytest.mark.usefixtures("onnxruntime")
+def test_onnx_runtime_on_a_cpu_without_vnni(folder: Path) -> None:
+    """QEMU's largest x86 CPU has AVX2 and no VNNI."""
+    emulator = shutil.which("qemu-x86_64")
+    if emulator is None or platform.machine() != "x86_64":
+        pytest.skip("qemu-x86_64 is not installed")
+    assert "8-bit products saturate" in opened_by([emulator, "-cpu", "max"], "ort:cpu", folder)
+
+
+@pytest.mark.parametrize(("isa", "saturates"), [("AVX2", True), ("AVX512_CORE", True), ("AVX512_CORE_VNNI", False)])
+def test_openvino_on_a_cpu_without_vnni(folder: Path, isa: str, saturates: bool) -> None:
+    """oneDNN, which computes OpenVINO's products, can be told to take a CPU for less than it is."""
+    pytest.importorskip("onnxruntime_ep_openvino")
+    if not {"avx512_vnni", "avx512bw"} <= cpu_flags():
+        pytest.skip("this CPU is itself one without VNNI")
+    errors = opened_by([], "ort:openvino", folder, ONEDNN_MAX_CPU_ISA=isa)
+    assert ("8-bit products saturate" in errors) == saturates
+    assert saturates or errors == ""
+
+
+def cpu_flags() -> set[str]:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {flag for line in lines if line.startswith("flags") for flag in line.split()}
+
+
 # --- tensors that stay on the device ------------------------------------------------------------------------------------------
 
 
@@ -152,6 +294,36 @@ def test_a_step_that_is_not_finite_is_taken_back(onnxruntime: ModuleType, folder
         np.testing.assert_array_equal(device.step(frame).normalized, host.step(frame).normalized)
 
 
+@pytest.mark.parametrize("spoiled", ["image_tokens", "feature"])
+def test_what_a_stage_would_hide_is_seen(
+    onnxruntime: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, spoiled: str
+) -> None:
+    """As INT8 does: the stage that reads the NaN gives finite numbers."""
+    device, host = device_policy(onnxruntime, folder), Policy.load(folder, "ort:cpu", threads=1)
+    for one in (device, host):
+        one.reset(GO_LEFT)
+        one.step(FRAMES[0])
+    chain: Any = device._chain
+    run, kept = chain._run, {}
+    writer, reader = ("vision", "language") if spoiled == "image_tokens" else ("language", "action_head")
+
+    def run_and_spoil(stage: str) -> None:
+        value = chain._values[spoiled]
+        if stage == reader:
+            value.update_inplace(kept[spoiled])
+        run(stage)
+        if stage == writer:
+            kept[spoiled] = value.numpy().copy()
+            value.update_inplace(np.full_like(kept[spoiled], np.inf))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(chain, "_run", run_and_spoil)
+        with pytest.raises(BackendError, match="not finite"):
+            device.step(FRAMES[1])
+    for frame in FRAMES[2:]:
+        np.testing.assert_array_equal(device.step(frame).normalized, host.step(frame).normalized)
+
+
 def test_a_closed_chain_holds_nothing(onnxruntime: ModuleType, folder: Path) -> None:
     policy = device_policy(onnxruntime, folder)
     policy.reset(GO_LEFT)
@@ -202,6 +374,24 @@ def test_openvino(onnxruntime: ModuleType, folder: Path) -> None:
     assert session.get_providers()[0] == "OpenVINOExecutionProvider"
 
 
+def test_openvino_rounds_int8_and_gives_pages_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime_ep_openvino")
+    ort_plugins.plugin_device.cache_clear()
+    add_int8(folder)
+    released: list[str] = []
+    monkeypatch.setattr(mapped_weights, "release", lambda path: released.append(path.name) or 0)
+    backend = OrtBackend("ort:openvino", threads=1)
+    policy = Policy(folder, Manifest.load(folder).int8(), backend)
+    assert not backend._exact
+    policy.reset(GO_LEFT)
+    weights = ["vision.int8.onnx.data", "action_head.fp32.onnx", "language.int8.onnx.data"]
+    assert released == weights
+    for _ in range(3):
+        policy.step(FRAMES[0])
+    assert sorted(released[3:]) == sorted(weights)  # once more after the first run, and never again
+    policy.close()
+
+
 def test_openvino_does_not_hand_nodes_to_the_cpu(onnxruntime: ModuleType, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime_ep_openvino")
     ort_plugins.plugin_device.cache_clear()
@@ -210,7 +400,8 @@ def test_openvino_does_not_hand_nodes_to_the_cpu(onnxruntime: ModuleType, tmp_pa
     (tmp_path / "g.onnx").write_bytes(writer.model(PROBE.inputs, PROBE.outputs))
     with pytest.raises(BackendError, match="ort:openvino cannot load bad"):
         OrtBackend("ort:openvino")._session(
-            (tmp_path / "g.onnx").read_bytes(), Graph(file="bad", sequence=None, nodes=1, inputs=(), outputs=())
+            (tmp_path / "g.onnx").read_bytes(),
+            Graph(file="bad", form="portable", sequence=None, nodes=1, inputs=(), outputs=()),
         )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bundle.manifest import Instruction
-from tests.bundles import GO_LEFT, GO_RIGHT, LEFT_IDS, Tiny, make_bundle
+from tests.bundles import GO_LEFT, GO_RIGHT, LEFT_IDS, Tiny, add_int8, make_bundle
 from tests.runtime.conftest import TinyBundle
 
 pytest.importorskip("onnxruntime")
@@ -43,6 +43,13 @@ def run_robot(*arguments: object, folder: Path, **environment: str) -> Done:
 @pytest.fixture
 def bundle(tiny_bundle: TinyBundle) -> Path:
     return tiny_bundle(Tiny())
+
+
+@pytest.fixture
+def quantized(tmp_path: Path) -> Path:
+    made = make_bundle(tmp_path / "int8.bundle")
+    add_int8(made)
+    return made
 
 
 @pytest.fixture(scope="session")
@@ -95,7 +102,31 @@ def test_check_as_json(bundle: Path, tmp_path: Path) -> None:
     assert done.returncode == 0
     content = json.loads(done.stdout)
     assert content.pop("load_s") > 0
-    assert content == {"bundle": str(bundle), "backend": "ort:cpu"}
+    assert content == {"bundle": str(bundle), "backend": "ort:cpu", "precision": "fp32"}
+
+
+@pytest.mark.parametrize(("precision", "runs"), [("auto", "int8"), ("int8", "int8"), ("float", "fp32")])
+def test_check_of_a_precision(quantized: Path, tmp_path: Path, precision: str, runs: str) -> None:
+    done = run_robot(quantized, "--check", "--json", "--precision", precision, "--backend", "ort:cpu", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["precision"] == runs
+    assert f": {runs}, packing upstream, backend ort:cpu, " in done.stderr
+    assert "INT8 variant" not in done.stderr
+
+
+def test_check_says_why_int8_does_not_run(quantized: Path, tmp_path: Path) -> None:
+    path = quantized / "vision.int8.onnx.data"
+    path.write_bytes(path.read_bytes()[::-1])
+    done = run_robot(quantized, "--check", "--backend", "ort:cpu", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert ": fp32, packing upstream, backend ort:cpu, " in done.stderr
+    assert f"\nthe INT8 variant does not run: ort:cpu in int8: {path} is corrupt" in done.stderr
+
+
+def test_int8_of_a_bundle_that_has_none(bundle: Path, tmp_path: Path) -> None:
+    assert_refused(
+        run_robot(bundle, "--check", "--precision", "int8", folder=tmp_path), "BundleError", "has no INT8 variant"
+    )
 
 
 def test_replay_prints_a_table(bundle: Path, episode: Path, tmp_path: Path) -> None:
@@ -121,6 +152,7 @@ def test_replay_as_json(bundle: Path, episode: Path, tmp_path: Path) -> None:
     assert list(content) == [
         "bundle",
         "backend",
+        "precision",
         "load_s",
         "instruction",
         "frames",

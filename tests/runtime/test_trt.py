@@ -113,7 +113,7 @@ def test_what_the_graph_holds(folder: Path) -> None:
     policy.reset(GO_LEFT)
     start, end = gpu.calls.index("begin_capture"), gpu.calls.index("end_capture")
     inside = gpu.calls[start + 1 : end]
-    assert inside == ["to_device", "on_device", "on_device", *["record"] * 4, *["to_host"] * 4]
+    assert inside == ["to_device", "on_device", "on_device", *["record"] * 4, *["to_host"] * 5]
     assert gpu.calls[:start].count("synchronize") >= 1  # the warm run was over
 
 
@@ -122,7 +122,7 @@ def test_shared_memory_is_not_copied(folder: Path) -> None:
     policy.reset(GO_LEFT)
     inside = gpu.calls[gpu.calls.index("begin_capture") : gpu.calls.index("end_capture")]
     assert inside.count("to_device") == 0
-    assert inside.count("to_host") == 2  # the states, which are looked at for NaN
+    assert inside.count("to_host") == 3  # image tokens and states, which are looked at for NaN
 
 
 def test_sections_are_timed(folder: Path) -> None:
@@ -314,6 +314,34 @@ def test_a_step_that_is_not_finite_is_taken_back(folder: Path) -> None:
         policy.step(FRAMES[0])
     gpu.memory(prompt, size)[:] = kept
     for frame in FRAMES:
+        np.testing.assert_array_equal(policy.step(frame).normalized, host.step(frame).normalized)
+
+
+@pytest.mark.parametrize("device", [ORIN, DESKTOP], ids=lambda device: device.slug)
+@pytest.mark.parametrize("spoiled", ["image_tokens", "feature"])
+def test_what_an_engine_would_hide_is_seen(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, device: Device, spoiled: str
+) -> None:
+    """As INT8 engines do, which give finite numbers for a NaN: here it appears when the stage that reads it has run."""
+    policy, gpu = on_device(folder, device, has_graphs=False)
+    host = on_host(folder)
+    chain: Any = policy._chain
+    for one in (policy, host):
+        one.reset(GO_LEFT)
+        one.step(FRAMES[0])
+    run = chain._run
+
+    def run_and_spoil(stage: str) -> None:
+        run(stage)
+        if stage == "action_head":
+            memory = gpu.memory(chain._pointers[spoiled], chain._tensor_bytes[spoiled]).view(np.float32)
+            gpu.enqueue(chain._stream_pointer, lambda: memory.__setitem__(-1, np.nan))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(chain, "_run", run_and_spoil)
+        with pytest.raises(BackendError, match="not finite"):
+            policy.step(FRAMES[1])
+    for frame in FRAMES[2:]:
         np.testing.assert_array_equal(policy.step(frame).normalized, host.step(frame).normalized)
 
 
@@ -559,10 +587,10 @@ def test_large_finite_states_are_kept(folder: Path) -> None:
     before = len(gpu.calls)
     for name in ("action", "next_h", "next_c"):
         chain._views[name][:] = np.finfo(np.float32).max
-    chain._keep_states_finite()
+    chain._keep_finite()
     assert gpu.calls[before:] == []
     chain._views["next_c"].reshape(-1)[0] = np.inf
-    chain._keep_states_finite()
+    chain._keep_finite()
     assert gpu.calls[before:].count("on_device") == 2
 
 
