@@ -17,7 +17,7 @@ from bench.results import Plan, StageFloor
 from bench.roofline import PRECISIONS, Precision, floor, moved_bytes, weight_bytes
 from bench.targets import Target, probed_target, recognised, wanted
 from bench.workload import STAGES, Workload, io_bytes, stage_ops, workload_of
-from bundle.errors import JetvlaError
+from bundle.errors import ConfigError, JetvlaError
 from bundle.manifest import Manifest
 
 Outcome = Literal["meets", "misses", "impossible", "does not fit"]
@@ -168,6 +168,9 @@ def plan_here(manifest: Manifest, sequence: int, *, threads: int, backend: str) 
     """
     work = workload_of(manifest)
     (mixture,) = parse_precisions(None, manifest)
+    if backend == "ort:openvino" and "int8" in mixture.values():
+        # Its probe is an operator that OpenVINO does not take; the floor of another precision would be a lie.
+        return Plan(device="unknown", calibrated=False, stages={}, note=f"there is no INT8 probe for {backend}")
     try:
         target = _target(work, sequence, mixture, threads, backend)
     except (JetvlaError, OSError, MemoryError) as error:
@@ -206,6 +209,13 @@ def _target(work: Workload, sequence: int, mixture: dict[str, Precision], thread
     calibration = measure(machine, stages, budget_s=_PROBE_S, known=saved)
     if calibration.steady:
         save_calibration(calibration)
+    if "int8" in mixture.values() and unprobed(stages, machine.backend, calibration):
+        # Rates of other precisions would stand in, and a floor that is four times too high is none.
+        raise ConfigError(
+            f"the probes of INT8 did not finish in {_PROBE_S:g} s",
+            expected="a calibration of this machine",
+            hint="python bench/plan.py BUNDLE --device here --calibrate takes its time.",
+        )
     return probed_target(calibration, *([] if calibration.steady else ["the machine was busy while probing"]))
 
 

@@ -191,3 +191,10 @@ def test_a_busy_calibration_says_so_whenever_it_is_used() -> None:
     target, _ = here(FULL, 88, (FP16,), backend="ort:cpu", threads=2, calibrate=False)  # type: ignore[arg-type]
     assert "got 50% of their CPUs and rates moved by 30%" in target.notes[0]
     assert probed_target(calibration()).notes == ()
+
+
+def test_int8_on_openvino_has_no_probe() -> None:
+    """Floors of another precision would be four times too high, and the measurement below them."""
+    plan = plan_here(manifest_of(FULL, "int8"), 88, threads=2, backend="ort:openvino")
+    assert plan.stages == {}
+    assert plan.note == "there is no INT8 probe for ort:openvino"

@@ -1,0 +1,232 @@
+"""The public door of quantization: `quantize(QuantizeConfig(...))` adds an INT8 variant to a bundle.
+
+Sample, calibrate, integers, search, accept, publish. The bundle is replaced in one step at the end, with hard links for everything that
+stays, so it is the old one or the new one at any moment. What was finished before an interruption is taken up again
+(calib/workspace.py).
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from bundle.atomic import exclusive, recover, refuse_foreign
+from bundle.errors import BundleError
+from bundle.hashing import sha256_file
+from bundle.manifest import MANIFEST_NAME, Manifest
+from calib.calibrate import How, StageCalibration, calibrate_stage, runs
+from calib.config import QuantizeConfig
+from calib.data import Data, held_sha256, read_data, strata, test_frames
+from calib.int8_weights import Ranges, write_integers
+from calib.publish import PAGE, REPORT, Result, publish, read_request
+from calib.quantization_page import check_page
+from calib.rewrite import Integers
+from calib.selection import Selection
+from calib.stage_graph import STAGES, StageGraph, read_stage
+from calib.workspace import Workspace, remove_workspaces, request_sha256
+from export.console import Reporter
+from runtime.instruction import load_embedding, prompt_tensors
+
+__all__ = ["STEPS", "QuantizeConfig", "quantize"]
+
+STEPS = 6
+Floats = NDArray[np.float32]
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+def quantize(config: QuantizeConfig, reporter: Reporter | None = None) -> Path:
+    """Add an INT8 variant to a bundle, or find that it has the one that was asked for; returns its directory.
+
+    Raises:
+        BundleError: the bundle is damaged, or of another schema version.
+        EpisodeError: the recordings are another robot's, too few, damaged, or show nothing.
+        CalibrationError: no INT8 variant stays within the budget (the message says what the best is), or the judgement on test frames
+            failed. The bundle is as it was; what was found out is kept for another try.
+        ConfigError, BackendError, StorageError: as their names say.
+    """
+    reporter = reporter or Reporter(STEPS, quiet=True)
+    check_page()
+    bundle = config.bundle.parent if config.bundle.name == MANIFEST_NAME else config.bundle
+    with exclusive(bundle):
+        recover(bundle)
+        return _quantize(bundle, config, reporter)
+
+
+def _quantize(bundle: Path, config: QuantizeConfig, reporter: Reporter) -> Path:
+    manifest = Manifest.load(bundle)
+    refuse_foreign(bundle)
+    with reporter.step("Sample"):
+        data = read_data(config, manifest, reporter)
+    if config.dry_run:
+        reporter.result("dry run: nothing was written.")
+        return bundle
+    how = How(config.ranges, config.smoothing, config.layers_per_block, config.threads)
+    request = request_sha256(
+        _float_sha256(manifest), data.sha256, held_sha256(data), msgspec.to_builtins(how), _code_sha256()
+    )
+    wanted = request_sha256(request, config.max_action_error, sorted(config.keep_float), config.backend)
+    if not config.force and _is_there(bundle, manifest, data.sha256, wanted):
+        remove_workspaces(bundle)  # of a run that was killed when all was done
+        reporter.result("the bundle has this variant already; --force makes it again.")
+        return bundle
+    # An INT8 variant that is there plays no part, and may be damaged: this makes another.
+    manifest = _floating(manifest)
+    with reporter.count_bar("checking the bundle's files", 1) as advance:
+        manifest.verify(bundle)
+        advance()
+    workspace = Workspace(bundle, manifest, request)
+    if workspace.resumed:
+        reporter.result("taking up what an earlier run finished")
+    with reporter.step("Calibrate"):
+        found = _calibrate(workspace, manifest, data, how, reporter)
+    with reporter.step("Integers"):
+        graphs = _read_graphs(workspace, manifest, config.layers_per_block)
+        integers = _integers(workspace, graphs, found, reporter)
+    _note_buckets(manifest, data, workspace.folder, reporter)
+    run = Selection(config, manifest, data, workspace, graphs, integers, reporter)
+    with reporter.step("Search"):
+        references = run.references()
+        trials = run.fastest_backend()
+        outcome = run.search(trials, references)
+    with reporter.step("Accept"):
+        chosen, acceptances, tries = run.accept(trials, outcome, references)
+        measured = run.measure(chosen, acceptances)
+    with reporter.step("Publish"):
+        result = Result(
+            calibration_sha256=data.sha256,
+            calibration_frames=len(data.seen),
+            random=data.sample is None,
+            request=wanted,
+            config=config,
+            strata=strata(data.sample),
+            notes=data.sample.notes if data.sample else (),
+            blocks=trials.blocks,
+            chosen=chosen,
+            outcome=outcome,
+            tries=tries,
+            calibrations=found,
+            acceptances=acceptances,
+            measured=measured,
+            machine=_machine(),
+            seconds=dict(reporter.seconds),
+        )
+        publish(bundle, manifest, workspace, graphs, integers, result, test_frames(data), reporter)
+    workspace.remove()
+    return bundle
+
+
+def _calibrate(
+    workspace: Workspace, manifest: Manifest, data: Data, how: How, reporter: Reporter
+) -> dict[str, StageCalibration]:
+    found: dict[str, StageCalibration] = {}
+    before: Floats | None = None
+    with reporter.count_bar("frames through all stages", len(STAGES) * runs(len(data.seen))) as advance:
+        for stage in STAGES:
+            known = workspace.load_calibration(stage)
+            if known is None:
+                known = calibrate_stage(stage, workspace.folder, manifest, data.seen, before, how, advance)
+                workspace.save_calibration(stage, known)
+            found[stage] = known
+            before = known.outputs
+    folded = sum(len(each.smoothing) for each in found.values())
+    reporter.result(
+        f"{sum(len(each.scales) for each in found.values())} products observed, {folded} LayerNorms smoothed"
+    )
+    return found
+
+
+def _read_graphs(
+    workspace: Workspace, manifest: Manifest, layers_per_block: int
+) -> dict[tuple[str, int | None], StageGraph]:
+    return {
+        (stage, graph.sequence): read_stage(
+            workspace.folder, manifest, stage, sequence=graph.sequence, layers_per_block=layers_per_block
+        )
+        for stage in STAGES
+        for graph in manifest.stages[stage].graphs
+    }
+
+
+def _integers(
+    workspace: Workspace,
+    graphs: Mapping[tuple[str, int | None], StageGraph],
+    found: Mapping[str, StageCalibration],
+    reporter: Reporter,
+) -> dict[str, Integers]:
+    made = {}
+    firsts = {stage: next(graph for (name, _), graph in graphs.items() if name == stage) for stage in STAGES}
+    total = sum(site.shape[0] * site.shape[1] for graph in firsts.values() for site in graph.sites)
+    with reporter.bytes_bar("quantizing weights", total) as advance:
+        for stage, graph in firsts.items():
+            tensors = workspace.load_integers(stage)
+            if tensors is None:
+                ranges = Ranges(found[stage].scales, found[stage].smoothing)
+                tensors = write_integers(graph, ranges, workspace.integers(stage), advance)
+                workspace.save_integers(stage, tensors)
+            graph.unmap()
+            made[stage] = Integers(workspace.integers(stage).name, tensors, found[stage].scales)
+    reporter.result(f"{total / 1e6:.1f} M weights")
+    return made
+
+
+def _is_there(bundle: Path, manifest: Manifest, calibration: str, request: str) -> bool:
+    """The bundle has the variant that is asked for, and its files are intact."""
+    quantized = manifest.quantized
+    if quantized is None or quantized.calibration_sha256 != calibration or read_request(bundle) != request:
+        return False
+    try:
+        manifest.verify(bundle, without=manifest.files.keys() - (manifest.all_stage_files() - manifest.stage_files()))
+    except BundleError:
+        return False
+    return True
+
+
+def _floating(manifest: Manifest) -> Manifest:
+    """The bundle without its INT8 variant."""
+    variant = manifest.all_stage_files() - manifest.stage_files() | {REPORT, PAGE}
+    files = {name: record for name, record in manifest.files.items() if name not in variant}
+    return msgspec.structs.replace(manifest, quantized=None, files=files)
+
+
+def _note_buckets(manifest: Manifest, data: Data, folder: Path, reporter: Reporter) -> None:
+    """Say which sequence lengths no recorded instruction uses: they run the same integers, and nobody has looked."""
+    embedding = load_embedding(folder)
+    told = {each.instruction for each in data.seen} | {each.stretch.instruction for each in (*data.search, *data.test)}
+    used = {
+        prompt_tensors(folder, manifest, embedding, manifest.prompt.buckets, instruction=each).bucket for each in told
+    }
+    unused = sorted(set(manifest.prompt.buckets) - used)
+    if unused:
+        lengths = ", ".join(map(str, unused))
+        reporter.warn(
+            f"no recorded instruction is as long as {lengths} slots: not calibrated or judged on at that length."
+        )
+
+
+def _float_sha256(manifest: Manifest) -> str:
+    """Identity of the floating-point policy: an INT8 variant that is there must not change it."""
+    return request_sha256(
+        {name: stage.key for name, stage in manifest.stages.items()},
+        msgspec.to_builtins(manifest.prompt),
+        manifest.files["token_embedding.npy"].sha256,
+    )
+
+
+def _code_sha256() -> str:
+    """Of everything that computes or measures."""
+    paths = [path for folder in ("calib", "runtime") for path in sorted((_ROOT / folder).rglob("*.py"))]
+    return request_sha256([sha256_file(path) for path in paths], onnxruntime.__version__)
+
+
+def _machine() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
