@@ -129,7 +129,7 @@ def held_sha256(data: Data) -> list[str]:
     ]
 
 
-def test_frames(data: Data) -> Callable[[str, int], NDArray[np.uint8]]:
+def frame_finder(data: Data) -> Callable[[str, int], NDArray[np.uint8]]:
     """Looks up a test frame by episode name and index: uint8 [s, s, 3]."""
 
     def frame(episode: str, index: int) -> NDArray[np.uint8]:

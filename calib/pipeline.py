@@ -22,7 +22,7 @@ from bundle.hashing import sha256_file
 from bundle.manifest import MANIFEST_NAME, Manifest
 from calib.calibrate import How, StageCalibration, calibrate_stage, runs
 from calib.config import QuantizeConfig
-from calib.data import Data, held_sha256, read_data, strata, test_frames
+from calib.data import Data, frame_finder, held_sha256, read_data, strata
 from calib.int8_weights import Ranges, write_integers
 from calib.publish import PAGE, REPORT, Result, publish, read_request
 from calib.quantization_page import check_page
@@ -116,7 +116,7 @@ def _quantize(bundle: Path, config: QuantizeConfig, reporter: Reporter) -> Path:
             machine=_machine(),
             seconds=dict(reporter.seconds),
         )
-        publish(bundle, manifest, workspace, graphs, integers, result, test_frames(data), reporter)
+        publish(bundle, manifest, workspace, graphs, integers, result, frame_finder(data), reporter)
     workspace.remove()
     return bundle
 

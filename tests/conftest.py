@@ -1,5 +1,6 @@
 """Settings that every test shares. They are set here, before any test module can import numpy or torch."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -23,3 +24,13 @@ def no_engines_by_default() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("export.engine_options.installed", lambda: iter(()))
         yield
+
+
+def pytest_collection_finish() -> None:
+    """Keep what importing all test modules left out of garbage collection.
+
+    The latency harness collects before every measurement; with torch in the process that walked a million objects each time, and its tests
+    took six times as long.
+    """
+    gc.collect()
+    gc.freeze()

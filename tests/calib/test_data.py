@@ -11,8 +11,7 @@ import pytest
 from bundle.errors import EpisodeError
 from bundle.manifest import Manifest
 from calib.config import QuantizeConfig
-from calib.data import Data, held_sha256, read_data, strata
-from calib.data import test_frames as frame_finder
+from calib.data import Data, frame_finder, held_sha256, read_data, strata
 from episodes.writer import write_episode
 from export.console import Reporter
 from tests.bundles import GO_LEFT, WINDOW, Tiny, make_bundle
