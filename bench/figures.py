@@ -1,67 +1,29 @@
 """Draws a latency result as SVG for a page that is light or dark, on a phone or on paper.
 
-Colours are roles (ink, ours, limit ...) that become CSS variables of the page, text stays text, and every id is made unique, since all
-figures stand in one document. Series are thinned to their extremes, so that no spike is lost. Nothing that somebody else wrote (names,
-instructions) is drawn: that stands in the page. Knows nothing about pages.
+How a figure becomes part of a page is export/svg_figure.py's business. Series are thinned to their extremes, so that no spike is lost.
+Nothing that somebody else wrote (names, instructions) is drawn: that stands in the page. Knows nothing about pages.
 """
 
 from __future__ import annotations
 
-import io
-import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bench.results import StageFloor, Timing
+from export.svg_figure import ROLES, available, figure, legend
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Colours that nothing else uses; the page's style sheet says what they look like.
-ROLES = {
-    "ink": "#010101",
-    "grid": "#010102",
-    "ours": "#010103",
-    "other": "#010104",
-    "limit": "#010105",
-    "soft": "#010106",
-}
-_SIZE = (5.0, 2.9)  # inches: 360 units wide, as many as a phone has
+__all__ = ["available", "driven", "histogram", "stage_bars", "thin", "timeline"]
+
+_HEIGHT = 2.9  # inches
 _POINTS = 500  # of a line
 _FAR = 2.5  # a deadline beyond so many times the data is told, not drawn
-_STYLE = {
-    "svg.fonttype": "none",
-    "text.parse_math": False,
-    "font.size": 10.5,
-    "axes.edgecolor": ROLES["grid"],
-    "axes.labelcolor": ROLES["ink"],
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "text.color": ROLES["ink"],
-    "xtick.color": ROLES["ink"],
-    "ytick.color": ROLES["ink"],
-    "grid.color": ROLES["grid"],
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "legend.fontsize": 10.0,
-}
-
-
-def available() -> bool:
-    """True if there is something to draw with."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def histogram(timing: Timing, deadline_ms: float, name: str, *, of: str) -> str:
@@ -71,7 +33,7 @@ def histogram(timing: Timing, deadline_ms: float, name: str, *, of: str) -> str:
         name: of the figure; unique in its page.
         of: what is counted.
     """
-    with _figure(name) as (axes, done):
+    with figure(name, _HEIGHT) as (axes, done):
         samples = np.asarray(timing.samples)
         axes.hist(samples, bins=_bins(samples).tolist(), color=ROLES["ours"], alpha=0.75)
         for value, label, style in ((timing.p50, "p50", "-"), (timing.p99, "p99", (0, (4, 2)))):
@@ -79,7 +41,7 @@ def histogram(timing: Timing, deadline_ms: float, name: str, *, of: str) -> str:
         _limit(axes, deadline_ms, float(samples.max()), vertical=True)
         axes.set_xlabel("ms")
         axes.set_ylabel(of)
-        _legend(axes)
+        legend(axes)
     return done[0]
 
 
@@ -89,7 +51,7 @@ def timeline(timing: Timing, deadline_ms: float, name: str, *, x_label: str, las
     Args:
         last: of the x axis; None counts samples.
     """
-    with _figure(name) as (axes, done):
+    with figure(name, _HEIGHT) as (axes, done):
         samples = np.asarray(timing.samples)
         x = np.arange(1, len(samples) + 1) * timing.stride
         if last is not None:
@@ -101,7 +63,7 @@ def timeline(timing: Timing, deadline_ms: float, name: str, *, x_label: str, las
         axes.set_xlabel(x_label)
         axes.set_ylabel("ms")
         axes.grid(axis="y")
-        _legend(axes)
+        legend(axes)
     return done[0]
 
 
@@ -109,7 +71,7 @@ def stage_bars(
     sections: Mapping[str, Timing], floors: Mapping[str, StageFloor], names: Sequence[str], name: str
 ) -> str:
     """Medians of sections, whiskers to p95, and for those that the planner knows its floor and what it expects."""
-    with _figure(name) as (axes, done):
+    with figure(name, _HEIGHT) as (axes, done):
         rows = np.arange(len(names))[::-1]
         p50 = np.array([sections[each].p50 for each in names])
         p95 = np.array([sections[each].p95 for each in names])
@@ -129,19 +91,19 @@ def stage_bars(
         axes.set_ylim(-0.6, len(names) - 0.4)
         axes.set_xlabel("ms")
         axes.grid(axis="x")
-        _legend(axes)
+        legend(axes)
     return done[0]
 
 
 def driven(predicted: NDArray[np.float64], recorded: NDArray[np.float64], fps: float | None, name: str) -> str:
     """Predicted (solid) and recorded (dashed) values of one axis."""
-    with _figure(name) as (axes, done):
+    with figure(name, _HEIGHT) as (axes, done):
         x = np.arange(len(predicted)) / (fps or 1.0)
         axes.plot(x, recorded, color=ROLES["other"], linewidth=1.6, linestyle=(0, (4, 2)), label="recorded")
         axes.plot(x, predicted, color=ROLES["ours"], linewidth=1.3, label="predicted")
         axes.set_xlabel("s" if fps else "frame")
         axes.grid(axis="y")
-        _legend(axes)
+        legend(axes)
     return done[0]
 
 
@@ -176,44 +138,3 @@ def _limit(axes: Axes, deadline_ms: float, most: float, *, vertical: bool) -> No
     draw(deadline_ms, color=ROLES["limit"], linewidth=2, linestyle=":", label=label)
     if not vertical:
         axes.set_ylim(top=1.1 * max(most, deadline_ms))
-
-
-def _legend(axes: Axes) -> None:
-    """Above the axes, where it hides nothing."""
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2, borderaxespad=0.1, columnspacing=1.2)
-
-
-@contextmanager
-def _figure(name: str) -> Iterator[tuple[Axes, list[str]]]:
-    """Axes to draw on; afterwards the list holds the SVG."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    done: list[str] = []
-    settings: Any = {**_STYLE, "svg.hashsalt": name}  # matplotlib types every key
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
-        # Metrics of the drawing font are only used to place things; the reader's font draws.
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure = Figure(figsize=_SIZE, layout="constrained")
-        yield figure.add_subplot(), done
-        buffer = io.StringIO()
-        metadata: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
-    done.append(_embedded(buffer.getvalue(), name))
-
-
-def _embedded(svg: str, name: str) -> str:
-    """The svg element alone, with ids of its own, colours of the page, and the width of its place."""
-    svg = svg[svg.index("<svg") :].strip()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
-    for size in ("width", "height"):
-        svg = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r"\1", svg, count=1)
-    # A style element would be one of the whole page.
-    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
-    svg = svg.replace("<svg", '<svg stroke-linejoin="round"', 1)
-    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
-    for role, colour in ROLES.items():
-        svg = svg.replace(colour, f"var(--{role})")
-    return svg

@@ -5,16 +5,16 @@ What stands on the page is bench/report_content.py's business, how it looks benc
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench.report_content import content
 from bench.results import Result
 from bundle.atomic import write_bytes
 from bundle.errors import ConfigError
+from export.html_page import check_jinja2, fill
 
-_PAGE = "report_page.html.jinja"
+_PAGE = Path(__file__).with_name("report_page.html.jinja")
 
 
 def check_report() -> None:
@@ -23,8 +23,7 @@ def check_report() -> None:
     Raises:
         ConfigError: jinja2 is not installed.
     """
-    if importlib.util.find_spec("jinja2") is None:
-        raise ConfigError("a report needs jinja2", expected="the extra `report`", hint="pip install 'jetvla[report]'")
+    check_jinja2("a report")
 
 
 def write_report(result: Result, path: Path) -> None:
@@ -46,17 +45,13 @@ def page(result: Result) -> str:
         ConfigError: jinja2 is not installed.
     """
     check_report()
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"ms": _ms, "ratio": "{:.3g}".format, "percent": "{:.1%}".format, "words": _words}
-    return environment.get_template(_PAGE).render(content(result))
+    filters: dict[str, Callable[..., str]] = {
+        "ms": _ms,
+        "ratio": "{:.3g}".format,
+        "percent": "{:.1%}".format,
+        "words": _words,
+    }
+    return fill(_PAGE, content(result), filters)
 
 
 def _ms(value: float | None) -> str:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from bundle.manifest import Action
 from calib.resampling import bootstrap_interval
-from runtime.actions import denormalize
+from runtime.actions import action_error, denormalize
 
 # Shares of an axis' largest command. Below the first a robot of this class stands or creeps, so its sign says nothing; a stop counts as
 # a start only from twice that, so that a command that hovers about the threshold is no event.
@@ -163,7 +163,7 @@ def judge(streams: Sequence[Streamed], action: Action, *, budget: float, seed: i
 
 
 def _judged(streams: Sequence[Streamed], action: Action, budget: float, seed: int) -> Acceptance:
-    errors = np.concatenate([_action_error(each.candidate, each.reference) for each in streams])
+    errors = np.concatenate([action_error(each.candidate, each.reference) for each in streams])
     reference = np.concatenate([_commands(each.reference, action) for each in streams])
     candidate = np.concatenate([_commands(each.candidate, action) for each in streams])
     lengths = [len(each.reference) for each in streams]
@@ -175,10 +175,10 @@ def _judged(streams: Sequence[Streamed], action: Action, budget: float, seed: in
         class_flips = _flips(heads[0].argmax(axis=-1), heads[1].argmax(axis=-1), _columns(action))
     if action.head == "actions_gripper":
         gripper_flips = _flips((heads[0][..., -1] > 0).astype(int), (heads[1][..., -1] > 0).astype(int), ("-1", "+1"))
-    action_error = float(errors.max())  # numpy's maximum keeps a NaN
+    most = float(errors.max())  # numpy's maximum keeps a NaN
     reasons = []
-    if not action_error <= budget:
-        reasons.append(f"action error {action_error:.4g}, PASS up to {budget:g}")
+    if not most <= budget:
+        reasons.append(f"action error {most:.4g}, PASS up to {budget:g}")
     counts = [(f"direction of {each.axis} reversed", each.count) for each in direction_flips]
     counts += [(f"{each.axis} starts where the reference stands", each.count) for each in starts]
     counts += [("another class", class_flips.frames)] if class_flips else []
@@ -191,7 +191,7 @@ def _judged(streams: Sequence[Streamed], action: Action, budget: float, seed: in
         budget=budget,
         frames=len(errors),
         episodes=len({each.episode for each in streams}),
-        action_error=action_error,
+        action_error=most,
         action_error_p99=float(np.percentile(errors, 99)),
         action_error_mean=float(errors.mean()),
         axes=_axes(candidate - reference, lengths, largest, action, seed),
@@ -219,13 +219,6 @@ def _columns(action: Action) -> tuple[str, ...]:
     if action.head != "classes":
         return action.names
     return action.class_names or tuple(f"class {index}" for index in range(len(action.class_values)))
-
-
-def _action_error(got: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArray[np.float64]:
-    """[T, n, A]: absolute for tanh columns; logits are unbounded, so relative to a column's size in its chunk where that exceeds 1."""
-    size = np.maximum(1.0, np.abs(expected).max(axis=1, keepdims=True))
-    error: NDArray[np.float64] = np.abs(got.astype(np.float64) - expected) / size
-    return error
 
 
 def _commands(head: NDArray[np.float32], action: Action) -> NDArray[np.float64]:

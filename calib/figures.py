@@ -1,58 +1,30 @@
 """Draws what an INT8 search found as SVG for a page that is light or dark, on a phone or on paper.
 
-Text stays text, ids are of the figure, since all stand in one document, and colours are roles of the page's style sheet. Knows nothing
-about pages.
+How a figure becomes part of a page is export/svg_figure.py's business. Knows nothing about pages.
 """
 
 from __future__ import annotations
 
-import io
-import re
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from export.svg_figure import ROLES, available, figure, legend
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Colours that nothing else uses; the page's style sheet says what they look like.
-ROLES = {
-    "ink": "#010101",
-    "grid": "#010102",
-    "ours": "#010103",
-    "other": "#010104",
-    "limit": "#010105",
-    "soft": "#010106",
-}
-_WIDTH = 5.0  # inches: 360 units, as many as a phone has
+__all__ = ["BARS", "BlockRow", "Point", "available", "pareto", "plain", "sensitivity"]
+
 BARS = 30  # of a diagram; the rest stands in the table
 _FAR = 1.3  # a line beyond so many times the data would squeeze them: it is told, not drawn
 # Where a number may stand beside its point: gaps (the farther ones with a line to it), and sides.
 _AWAY = (0.5, 4.5, 9.5)
 _SIDES = ((1, 1), (-1, 1), (1, 0), (-1, 0), (1, -1), (-1, -1), (0, 1), (0, -1))
-_STYLE = {
-    "svg.fonttype": "none",
-    "text.parse_math": False,
-    "font.size": 10.5,
-    "axes.edgecolor": ROLES["grid"],
-    "axes.labelcolor": ROLES["ink"],
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "text.color": ROLES["ink"],
-    "xtick.color": ROLES["ink"],
-    "ytick.color": ROLES["ink"],
-    "grid.color": ROLES["grid"],
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "legend.fontsize": 10.0,
-}
 
 
 @dataclass(frozen=True)
@@ -76,15 +48,6 @@ class BlockRow:
     latency_ms: float
 
 
-def available() -> bool:
-    """True if there is something to draw diagrams with."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 def pareto(points: Sequence[Point], budget: float, name: str, *, floating_ms: float | None = None) -> str:
     """Latency across, action error up on a log scale, the budget as a line; points carry their place in `points`, from 1.
 
@@ -94,7 +57,7 @@ def pareto(points: Sequence[Point], budget: float, name: str, *, floating_ms: fl
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    with _figure(name, 4.3) as (axes, done):
+    with figure(name, 4.3) as (axes, done):
         x = np.array([point.latency_ms for point in points])
         error = np.array([point.action_error for point in points])
         # An error of 0 has no place on a log scale, and one that is not a number has none at all.
@@ -127,7 +90,7 @@ def pareto(points: Sequence[Point], budget: float, name: str, *, floating_ms: fl
         axes.set_xlabel("latency of a step, ms")
         axes.set_ylabel("action error, -1..1")
         axes.grid(axis="both")
-        _legend(axes)
+        legend(axes)
         _number(axes, x, y, np.where(chosen, 7.0, 3.5), budget, first=[*np.flatnonzero(chosen), *order])
     return done[0]
 
@@ -135,7 +98,7 @@ def pareto(points: Sequence[Point], budget: float, name: str, *, floating_ms: fl
 def sensitivity(blocks: Sequence[BlockRow], name: str) -> str:
     """Bars of the error gained by each block, the largest above, and beside each what it costs; colour says where it ended."""
     rows = sorted(blocks, key=lambda row: -row.error_alone)[:BARS]
-    with _figure(name, 1.0 + 0.21 * max(len(rows), 2)) as (axes, done):
+    with figure(name, 1.0 + 0.21 * max(len(rows), 2)) as (axes, done):
         places = np.arange(len(rows))[::-1]
         gains = np.nan_to_num([row.error_alone for row in rows], posinf=0.0, neginf=0.0)
         for precision, colour in (("int8", ROLES["ours"]), ("fp32", ROLES["other"])):
@@ -155,7 +118,7 @@ def sensitivity(blocks: Sequence[BlockRow], name: str) -> str:
         axes.locator_params(axis="x", nbins=5)
         axes.set_xlabel("action error gained in floating point")
         axes.grid(axis="x")
-        _legend(axes)
+        legend(axes)
     return done[0]
 
 
@@ -175,12 +138,12 @@ def _number(
     first: Sequence[int],
 ) -> None:
     """Numbers beside points where they cover neither each other, a point nor the line; `first` come first, others may go without."""
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    figure.draw_without_rendering()
-    spots = axes.transData.transform(np.column_stack([x, y])) * 72 / figure.dpi
-    frame = axes.get_window_extent().transformed(figure.dpi_scale_trans.inverted()).extents * 72
-    line_y = float(axes.transData.transform((x[0], line))[1]) * 72 / figure.dpi
+    drawn = axes.get_figure(root=True)
+    assert drawn is not None
+    drawn.draw_without_rendering()
+    spots = axes.transData.transform(np.column_stack([x, y])) * 72 / drawn.dpi
+    frame = axes.get_window_extent().transformed(drawn.dpi_scale_trans.inverted()).extents * 72
+    line_y = float(axes.transData.transform((x[0], line))[1]) * 72 / drawn.dpi
     taken = [tuple(box) for box in np.hstack([spots - radius[:, None], spots + radius[:, None]]).tolist()]
     taken.append((frame[0], line_y - 1, frame[2], line_y + 1))
     arrow = {"arrowstyle": "-", "color": ROLES["soft"], "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
@@ -203,44 +166,3 @@ def _number(
 
 def _overlap(one: tuple[float, ...], two: tuple[float, ...]) -> bool:
     return one[0] < two[2] and two[0] < one[2] and one[1] < two[3] and two[1] < one[3]
-
-
-def _legend(axes: Axes) -> None:
-    """Above the axes, where it hides nothing."""
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2, borderaxespad=0.1, columnspacing=1.2)
-
-
-@contextmanager
-def _figure(name: str, height: float) -> Iterator[tuple[Axes, list[str]]]:
-    """Axes to draw on; afterwards the list holds the SVG."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    done: list[str] = []
-    settings: Any = {**_STYLE, "svg.hashsalt": name}  # matplotlib types every key
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
-        # Metrics of the drawing font are only used to place things; the reader's font draws.
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-        yield figure.add_subplot(), done
-        buffer = io.StringIO()
-        metadata: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
-    done.append(_embedded(buffer.getvalue(), name))
-
-
-def _embedded(svg: str, name: str) -> str:
-    """The svg element alone, with ids of its own, colours of the page, and the width of its place."""
-    svg = svg[svg.index("<svg") :].strip()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
-    for size in ("width", "height"):
-        svg = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r"\1", svg, count=1)
-    # A style element would be one of the whole page.
-    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
-    svg = svg.replace("<svg", '<svg stroke-linejoin="round"', 1)
-    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
-    for role, colour in ROLES.items():
-        svg = svg.replace(colour, f"var(--{role})")
-    return svg

@@ -88,8 +88,8 @@ def quantize_weight(weight: Floats) -> tuple[NDArray[np.int8], Floats]:
     return integers, scales
 
 
-def write_integers(graph: StageGraph, ranges: Ranges, path: Path, advance: Callable[[int], None]) -> dict[str, Tensor]:
-    """Quantize every site of a stage; names are the graph's own with a suffix.
+def write_integers(graph: StageGraph, ranges: Ranges, path: Path, advance: Callable[[int], None]) -> DataFile:
+    """Quantize every site of a stage into a file, which is closed; names are the graph's own with a suffix.
 
     `W.int8` [N, K], `W.scale` [N], `W.zero` int8 [N], `W.bias32` int32 [N], `W.bias` float32 [N] for each site's weight W, and `P.smooth`
     for the parameters P of LayerNorms that take smoothing factors.
@@ -106,7 +106,7 @@ def write_integers(graph: StageGraph, ranges: Ranges, path: Path, advance: Calla
             bias = None if site.bias is None else graph.array(site.bias).astype(np.float32)
             add_site(file, site, plain, bias, ranges.activation[site.key])
             advance(weight.shape[0] * weight.shape[1])
-    return file.tensors
+    return file
 
 
 def add_site(file: DataFile, site: Site, weight: Floats, bias: Floats | None, activation: float) -> None:

@@ -167,8 +167,9 @@ def _integers(
             tensors = workspace.load_integers(stage)
             if tensors is None:
                 ranges = Ranges(found[stage].scales, found[stage].smoothing)
-                tensors = write_integers(graph, ranges, workspace.integers(stage), advance)
-                workspace.save_integers(stage, tensors)
+                file = write_integers(graph, ranges, workspace.integers(stage), advance)
+                workspace.save_integers(stage, file)
+                tensors = file.tensors
             graph.unmap()
             made[stage] = Integers(workspace.integers(stage).name, tensors, found[stage].scales)
     reporter.result(f"{total / 1e6:.1f} M weights")

@@ -17,7 +17,7 @@ from bundle import engine_cache
 from bundle.atomic import link_or_copy, staged_directory
 from bundle.errors import CalibrationError
 from bundle.hashing import sha256_file
-from bundle.manifest import File, Form, Graph, Manifest, Measured, Precision, Quantized, Stage
+from bundle.manifest import File, Form, Graph, Manifest, Measured, Quantized, Stage
 from calib.acceptance import Acceptance
 from calib.calibrate import StageCalibration
 from calib.config import QuantizeConfig
@@ -27,11 +27,11 @@ from calib.pictures import worst_picture
 from calib.quantization_page import BlockRow, OutlierRow, Page, Point, render
 from calib.rewrite import Integers, check, pack, rewrite
 from calib.search import Evaluation, Outcome, front
-from calib.stage_graph import STAGES, StageGraph
+from calib.stage_graph import STAGES, StageGraph, blocks_of
 from calib.workspace import Workspace
 from export.console import Reporter, human_bytes
 from runtime.backends.select import open_backend, view_of
-from runtime.golden import MOST_ERROR, Golden, cosine
+from runtime.golden import MOST_ERROR, Golden, deviation
 from runtime.policy import Policy
 
 REPORT, PAGE = "reports/quantization.json", "reports/quantization.html"
@@ -79,7 +79,7 @@ class Report(msgspec.Struct, frozen=True):
     calibration_sha256: str
     strata: dict[str, int]
     notes: tuple[str, ...]
-    outliers: tuple[dict[str, float | int | str], ...]
+    outliers: tuple[OutlierRow, ...]
     seconds: dict[str, float]
 
 
@@ -118,8 +118,7 @@ def publish(
         stages: dict[str, Stage] = {}
         files: dict[str, File] = {}
         for stage in STAGES:
-            blocks = {site.block for (name, _), graph in graphs.items() if name == stage for site in graph.sites}
-            chosen = blocks & set(result.chosen.int8)
+            chosen = set(blocks_of(graphs, stage)) & set(result.chosen.int8)
             if chosen:
                 stages[stage], written = _write_stage(
                     stage, manifest.stages[stage], chosen, workspace.folder, staging, graphs, integers[stage], result
@@ -131,7 +130,11 @@ def publish(
             calibration_frames=result.calibration_frames,
             random=result.random,
             method=f"{result.config.ranges}, smoothing {result.config.smoothing:g}",
-            assignment={block: _precision(block, manifest, result) for block in result.blocks},
+            assignment={
+                block: "int8" if block in result.chosen.int8 else manifest.stages[stage].precision
+                for stage in STAGES
+                for block in blocks_of(graphs, stage)
+            },
             budget=result.config.max_action_error,
             action_error=max(found.action_error for found in result.acceptances.values()),
             frames=next(iter(result.acceptances.values())).frames,
@@ -158,13 +161,6 @@ def publish(
         reporter.result(f"{bundle}  INT8 {human_bytes(size)}  {quantized.verdict}  {bundle / PAGE}")
 
 
-def _precision(block: str, manifest: Manifest, result: Result) -> Precision:
-    if block in result.chosen.int8:
-        return "int8"
-    stage = "action_head" if block == "action_head" else "language" if block.startswith("language") else "vision"
-    return manifest.stages[stage].precision
-
-
 def _write_stage(
     stage: str,
     base: Stage,
@@ -175,7 +171,7 @@ def _write_stage(
     integers: Integers,
     result: Result,
 ) -> tuple[Stage, dict[str, File]]:
-    """All graphs of a stage in both forms, and one file with the weights of all."""
+    """All graphs of a stage in every form, and one file with the weights of all."""
     written: list[Graph] = []
     files: dict[str, File] = {}
     digest = hashlib.sha256(result.calibration_sha256.encode())
@@ -183,20 +179,13 @@ def _write_stage(
         for form in _FORMS:
             for graph in base.graphs:
                 model = pack(rewrite(graphs[stage, graph.sequence], blocks, integers, form), source, data)
-                name = ".".join(
-                    part
-                    for part in (
-                        stage,
-                        "int8",
-                        form.replace("portable", ""),
-                        f"s{graph.sequence}" if graph.sequence else "",
-                    )
-                    if part
-                )
-                path = target / f"{name}.onnx"
-                path.write_bytes(model.SerializeToString(deterministic=True))
+                kind = "" if form == "portable" else f".{form}"
+                length = "" if graph.sequence is None else f".s{graph.sequence}"
+                path = target / f"{stage}.int8{kind}{length}.onnx"
+                content = model.SerializeToString(deterministic=True)
+                path.write_bytes(content)
                 if form == "portable":
-                    digest.update(path.read_bytes())
+                    digest.update(content)
                 files[path.name] = File(sha256=sha256_file(path), bytes=path.stat().st_size)
                 written.append(
                     Graph(
@@ -227,20 +216,18 @@ def _golden(folder: Path, draft: Manifest, result: Result, reporter: Reporter) -
     """What the golden step gives: the worst of all accepted backends, through the files that are about to be published."""
     golden = Golden.load(folder)
     draft.save(folder)
-    similarity, errors = 1.0, []
+    found = []
     for name in result.acceptances:
         policy = Policy(
             folder, view_of(Manifest.load(folder), name, "int8"), open_backend(name, threads=result.config.threads)
         )
         try:
             policy.reset(token_ids=[int(token) for token in golden.token_ids])
-            chunk = policy.step_resized(golden.frames)
+            found.append(deviation(policy, golden))
         finally:
             policy.close()
-        scale = max(1.0, float(np.abs(golden.action).max()))
-        similarity = min(similarity, cosine(chunk.feature, golden.feature))
-        errors.append(float(np.abs(chunk.normalized - golden.action).max()) / scale)
-    error = float(np.max(errors))  # Python's max would lose a NaN
+    similarity = min(cosine for cosine, _ in found)
+    error = float(np.max([error for _, error in found]))  # Python's max would lose a NaN
     reporter.result(f"golden step: feature cosine {similarity:.6f}, action error {error:.3g}")
     most = min(max(_GOLDEN_ERROR, 5 * result.config.max_action_error), MOST_ERROR)
     if not result.random and not (similarity >= _GOLDEN_COSINE and error <= most):
@@ -268,17 +255,7 @@ def _report(result: Result) -> Report:
         calibration_sha256=result.calibration_sha256,
         strata=dict(result.strata),
         notes=tuple(result.notes),
-        outliers=tuple(
-            {
-                "site": row.site,
-                "peak": row.peak,
-                "median": row.median,
-                "channel": row.channel,
-                "ratio_before": row.ratio_before,
-                "ratio_after": row.ratio_after,
-            }
-            for row in outliers(result.calibrations)
-        ),
+        outliers=outliers(result.calibrations),
         seconds=dict(result.seconds),
     )
 

@@ -6,20 +6,19 @@ How it looks is calib/quantization_page.html.jinja's business. Without matplotli
 from __future__ import annotations
 
 import base64
-import importlib.util
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bundle.errors import ConfigError
 from calib import figures
 from calib.acceptance import Acceptance
 from calib.figures import BlockRow, Point
+from export.html_page import check_jinja2, fill
 
 __all__ = ["BlockRow", "OutlierRow", "Page", "Point", "check_page", "render", "sentence"]
 
-_PAGE = "quantization_page.html.jinja"
+_PAGE = Path(__file__).with_name("quantization_page.html.jinja")
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,7 @@ def check_page() -> None:
     Raises:
         ConfigError: jinja2 is not installed.
     """
-    if importlib.util.find_spec("jinja2") is None:
-        raise ConfigError("a page needs jinja2", expected="the extra `report`", hint="pip install 'jetvla[report]'")
+    check_jinja2("a page")
 
 
 def render(page: Page) -> str:
@@ -75,29 +73,20 @@ def render(page: Page) -> str:
         ConfigError: jinja2 is not installed.
     """
     check_page()
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": _number, "ms": _ms, "share": _share, "physical": "{:.5f}".format}
-    return environment.get_template(_PAGE).render(
-        page=page,
-        found=page.acceptance,
-        sentence=sentence(page),
-        keys=_keys(page),
-        figures=_figures(page),
-        front=[(place, point) for place, point in _numbered(page) if point.on_front or point.chosen],
-        tried=_numbered(page),
-        blocks=sorted(page.blocks, key=lambda row: -row.error_alone),
-        outliers=sorted(page.outliers, key=lambda row: -row.ratio_before),
-        shown=figures.BARS,
-        photographs=[(caption, _data_uri(picture)) for caption, picture in page.worst_pictures],
-    )
+    values = {
+        "page": page,
+        "found": page.acceptance,
+        "sentence": sentence(page),
+        "keys": _keys(page),
+        "figures": _figures(page),
+        "front": [(place, point) for place, point in _numbered(page) if point.on_front or point.chosen],
+        "tried": _numbered(page),
+        "blocks": sorted(page.blocks, key=lambda row: -row.error_alone),
+        "outliers": sorted(page.outliers, key=lambda row: -row.ratio_before),
+        "shown": figures.BARS,
+        "photographs": [(caption, _data_uri(picture)) for caption, picture in page.worst_pictures],
+    }
+    return fill(_PAGE, values, {"number": _number, "ms": _ms, "share": _share, "physical": "{:.5f}".format})
 
 
 def sentence(page: Page) -> str:

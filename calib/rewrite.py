@@ -21,12 +21,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from bundle.errors import ExportError
 from bundle.manifest import Form
 from calib.int8_weights import DataFile, Tensor, external
-from calib.stage_graph import Site, StageGraph
+from calib.stage_graph import Site, StageGraph, external_array
 
 _UNSIGNED_ZERO = 128
 _LOWEST = -128
@@ -188,17 +189,11 @@ def pack(model: onnx.ModelProto, folder: Path, file: DataFile) -> onnx.ModelProt
     """The same graph with all its external data in one file; what several graphs share is written once."""
     packed = onnx.ModelProto()
     packed.CopyFrom(model)
-    maps: dict[str, np.ndarray] = {}
+    mapped: dict[str, NDArray[np.uint8]] = {}
     for proto in packed.graph.initializer:
-        if proto.data_location != TensorProto.EXTERNAL:
-            continue
-        place = {entry.key: entry.value for entry in proto.external_data}
-        mapped = maps.setdefault(place["location"], np.memmap(folder / place["location"], np.uint8, "r"))
-        start = int(place.get("offset", 0))
-        dtype = helper.tensor_dtype_to_np_dtype(proto.data_type)
-        raw = mapped[start : start + int(place["length"])].view(dtype).reshape(tuple(proto.dims))
-        file.add(proto.name, raw)
-        proto.CopyFrom(external(proto.name, file.tensors[proto.name], file.path.name))
+        if proto.data_location == TensorProto.EXTERNAL:
+            file.add(proto.name, external_array(proto, folder, mapped))
+            proto.CopyFrom(external(proto.name, file.tensors[proto.name], file.path.name))
     return packed
 
 

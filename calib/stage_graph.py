@@ -78,13 +78,7 @@ class StageGraph:
         if proto.data_location != TensorProto.EXTERNAL:
             stored: Array = numpy_helper.to_array(proto)
             return stored
-        place = {entry.key: entry.value for entry in proto.external_data}
-        file = place["location"]
-        if file not in self._mapped:
-            self._mapped[file] = np.memmap(self.folder / file, np.uint8, "r")
-        start = int(place.get("offset", 0))
-        raw = self._mapped[file][start : start + int(place["length"])]
-        return raw.view(helper.tensor_dtype_to_np_dtype(proto.data_type)).reshape(tuple(proto.dims))
+        return external_array(proto, self.folder, self._mapped)
 
     def unmap(self) -> None:
         """Let go of the weights, which count as this process's memory; `array` maps them again."""
@@ -93,6 +87,24 @@ class StageGraph:
     def producers(self) -> dict[str, onnx.NodeProto]:
         """The node that makes each tensor."""
         return {output: node for node in self.model.graph.node for output in node.output}
+
+
+def external_array(proto: TensorProto, folder: Path, mapped: dict[str, NDArray[np.uint8]]) -> Array:
+    """An initializer that lies in a file of `folder`, read-only; `mapped` keeps the files that were mapped before."""
+    place = {entry.key: entry.value for entry in proto.external_data}
+    file = place["location"]
+    if file not in mapped:
+        mapped[file] = np.memmap(folder / file, np.uint8, "r")
+    start = int(place.get("offset", 0))
+    raw = mapped[file][start : start + int(place["length"])]
+    return raw.view(helper.tensor_dtype_to_np_dtype(proto.data_type)).reshape(tuple(proto.dims))
+
+
+def blocks_of(graphs: Mapping[tuple[str, int | None], StageGraph], stage: str) -> tuple[str, ...]:
+    """What of a stage can be INT8, in the order of execution; its graphs of all lengths have the same."""
+    return tuple(
+        dict.fromkeys(site.block for (name, _), graph in graphs.items() if name == stage for site in graph.sites)
+    )
 
 
 def read_stage(

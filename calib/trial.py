@@ -20,7 +20,7 @@ from bundle.atomic import disk_errors
 from bundle.manifest import Graph, Manifest, Stage
 from calib.rewrite import Integers, rewrite
 from calib.sample import Stretch
-from calib.stage_graph import STAGES, StageGraph
+from calib.stage_graph import STAGES, StageGraph, blocks_of
 from runtime.backends.select import form_of, open_backend
 from runtime.chain import SECTIONS
 from runtime.policy import Policy
@@ -70,24 +70,16 @@ class Trials:
         self.backend, self._threads = backend, threads
         self._form = form_of(backend)
         self._tokens: OrderedDict[Blocks, list[Floats]] = OrderedDict()
-        self._blocks = {
-            stage: frozenset(site.block for (name, _), graph in graphs.items() if name == stage for site in graph.sites)
-            for stage in STAGES
-        }
+        self._blocks = {stage: blocks_of(graphs, stage) for stage in STAGES}
 
     @property
     def blocks(self) -> tuple[str, ...]:
         """Everything that can be INT8, in the order of execution."""
-        found: dict[str, None] = {}
-        for stage in STAGES:
-            for (name, _), graph in self._graphs.items():
-                if name == stage:
-                    found |= {site.block: None for site in graph.sites}
-        return tuple(found)
+        return tuple(block for stage in STAGES for block in self._blocks[stage])
 
     def stages_of(self, blocks: Collection[str]) -> tuple[str, ...]:
         """The stages that an assignment touches."""
-        return tuple(stage for stage in STAGES if self._blocks[stage] & set(blocks))
+        return tuple(stage for stage in STAGES if not set(blocks).isdisjoint(self._blocks[stage]))
 
     def policy(self, blocks: Blocks) -> Policy:
         """The policy with these blocks in INT8, loaded; close it when done."""
@@ -99,9 +91,9 @@ class Trials:
             return self._manifest
         stages = dict(self._manifest.stages)
         for stage in STAGES:
-            chosen = self._blocks[stage] & blocks
+            chosen = blocks.intersection(self._blocks[stage])
             if chosen:
-                stages[stage] = self._write(stage, frozenset(chosen))
+                stages[stage] = self._write(stage, chosen)
         return msgspec.structs.replace(self._manifest, precision="int8", stages=stages, quantized=None)
 
     def _write(self, stage: str, blocks: Blocks) -> Stage:
@@ -132,7 +124,7 @@ class Trials:
         self, policy: Policy, blocks: Blocks, held: Sequence[Held], advance: Callable[[], None]
     ) -> list[Floats]:
         """Stream the stretches from a reset each: actions float32 [T, n, A] as the head gives them."""
-        seen = Blocks(self._blocks["vision"] & blocks)
+        seen = blocks.intersection(self._blocks["vision"])
         tokens = self._tokens.get(seen)
         if tokens is None:
             tokens = [

@@ -25,7 +25,7 @@ from bundle.errors import StorageError
 from bundle.hashing import sha256_file
 from bundle.manifest import MANIFEST_NAME, Manifest
 from calib.calibrate import StageCalibration
-from calib.int8_weights import Tensor
+from calib.int8_weights import DataFile, Tensor
 
 T = TypeVar("T")
 _JOURNAL = "evaluations.jsonl"
@@ -76,19 +76,18 @@ class Workspace:
 
     def load_calibration(self, stage: str) -> StageCalibration | None:
         """What an earlier run finished."""
+        arrays = self._load_arrays(f"calibration.{stage}.npz")
+        parts: dict[str, dict[str, NDArray[Any]]] = {"scales": {}, "smoothing": {}, "peaks": {}, "norms": {}}
         try:
-            path = self.folder / f"calibration.{stage}.npz"
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                parts: dict[str, dict[str, NDArray[Any]]] = {"scales": {}, "smoothing": {}, "peaks": {}, "norms": {}}
-                for name in arrays.files:
-                    part, _, key = name.partition(":")
-                    if key:
-                        parts[part][key] = arrays[name]
-                scales = {key: float(value) for key, value in parts["scales"].items()}
-                norms = {key: str(value) for key, value in parts["norms"].items()}
-                return StageCalibration(scales, parts["smoothing"], parts["peaks"], norms, arrays["outputs"])
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+            outputs = arrays.pop("outputs")
+            for name, value in arrays.items():
+                part, _, key = name.partition(":")
+                parts[part][key] = value
+            scales = {key: float(value) for key, value in parts["scales"].items()}
+        except (KeyError, ValueError):
             return None
+        norms = {key: str(value) for key, value in parts["norms"].items()}
+        return StageCalibration(scales, parts["smoothing"], parts["peaks"], norms, outputs)
 
     def save_calibration(self, stage: str, found: StageCalibration) -> None:
         """Keep a stage's calibration."""
@@ -100,12 +99,7 @@ class Workspace:
             ("norms", found.norms),
         ):
             arrays |= {f"{part}:{key}": np.asarray(value) for key, value in values.items()}
-        target = self.folder / f"calibration.{stage}.npz"
-        temporary = target.with_name(f".{target.name}.tmp")
-        with disk_errors(target):
-            with temporary.open("wb") as file:
-                np.savez(file, allow_pickle=False, **arrays)
-            publish_file(temporary, target)
+        self._save_arrays(f"calibration.{stage}.npz", arrays)
 
     def integers(self, stage: str) -> Path:
         """The file of a stage's integers."""
@@ -118,29 +112,18 @@ class Workspace:
         intact = record is not None and path.is_file() and sha256_file(path) == record.sha256
         return record.tensors if record is not None and intact else None
 
-    def save_integers(self, stage: str, tensors: dict[str, Tensor]) -> None:
+    def save_integers(self, stage: str, file: DataFile) -> None:
         """Call when the file is complete."""
-        path = self.integers(stage)
-        record = IntegersRecord(sha256_file(path), path.stat().st_size, tensors)
+        record = IntegersRecord(file.sha256, file.bytes, file.tensors)
         write_bytes(self.folder / f"{stage}.integers.json", msgspec.json.encode(record))
 
     def load_reference(self) -> dict[str, NDArray[np.float32]]:
         """Actions of the floating-point policy, by stretch."""
-        try:
-            path = self.folder / "reference.npz"
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                return {name: arrays[name] for name in arrays.files}
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
-            return {}
+        return self._load_arrays("reference.npz")
 
     def save_reference(self, actions: dict[str, NDArray[np.float32]]) -> None:
         """Keep them."""
-        target = self.folder / "reference.npz"
-        temporary = target.with_name(f".{target.name}.tmp")
-        with disk_errors(target):
-            with temporary.open("wb") as file:
-                np.savez(file, allow_pickle=False, **actions)
-            publish_file(temporary, target)
+        self._save_arrays("reference.npz", actions)
 
     def journal(self, kind: type[T]) -> list[T]:
         """Everything appended so far; a last line cut by a kill is left out."""
@@ -161,6 +144,22 @@ class Workspace:
             write_bytes(path, known + msgspec.json.encode(entry) + b"\n")
         except OSError as error:
             raise StorageError(f"cannot write {path}", got=error, hint="free some space; nothing is lost.") from None
+
+    def _load_arrays(self, name: str) -> dict[str, NDArray[Any]]:
+        """All arrays of a file; none of one that is missing or damaged."""
+        try:
+            with (self.folder / name).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                return {key: arrays[key] for key in arrays.files}
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+            return {}
+
+    def _save_arrays(self, name: str, arrays: Mapping[str, NDArray[Any]]) -> None:
+        target = self.folder / name
+        temporary = target.with_name(f".{name}.tmp")
+        with disk_errors(target):
+            with temporary.open("wb") as file:
+                np.savez(file, allow_pickle=False, **arrays)
+            publish_file(temporary, target)
 
     def _decode(self, name: str, kind: type[T]) -> T | None:
         try:

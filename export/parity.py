@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from bundle.manifest import Manifest, Parity, Precision, Verdict
 from bundle.recording import Episode, ReferenceStep
-from runtime.actions import denormalize
+from runtime.actions import action_error, denormalize
 from runtime.golden import LEAST_COSINE, MOST_ERROR, cosine
 from runtime.policy import Policy
 
@@ -125,7 +125,7 @@ def compare(
         for frames, expected in zip(episode.frames, steps, strict=True):
             chunk = policy.step_resized(frames)
             features.append(_stage(chunk.feature, expected.feature))
-            errors.append(_action_error(chunk.normalized, expected.action))
+            errors.append(action_error(chunk.normalized, expected.action))
             physical.append(np.abs(chunk.values - denormalize(expected.action, policy.manifest.action)).max(axis=0))
             advance()
         # Alone: the last frame of the episode is enough to tell which stage an error comes from.
@@ -219,12 +219,6 @@ def random_frames(count: int, cameras: int, size: int, *, seed: int) -> NDArray[
 
 def _stage(got: NDArray[np.floating], expected: NDArray[np.floating]) -> StageParity:
     return StageParity(cosine(got, expected), float(np.abs(got.astype(np.float64) - expected).max()))
-
-
-def _action_error(got: NDArray[np.floating], expected: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Absolute for tanh columns; logits are unbounded, so a column's error is relative to its size where that exceeds 1."""
-    size = np.maximum(1.0, np.abs(expected).max(axis=0))
-    return np.abs(got.astype(np.float64) - expected) / size
 
 
 def _worst(items: Sequence[StageParity]) -> StageParity:

@@ -12,6 +12,16 @@ from numpy.typing import NDArray
 from bundle.manifest import Action
 
 
+def action_error(got: NDArray[np.floating], expected: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Error of every number of a chunk [..., n, A], as the head gives it.
+
+    Absolute for tanh columns; logits are unbounded, so relative to a column's size in its chunk where that exceeds 1.
+    """
+    size = np.maximum(1.0, np.abs(expected).max(axis=-2, keepdims=True))
+    error: NDArray[np.float64] = np.abs(got.astype(np.float64) - expected) / size
+    return error
+
+
 def denormalize(normalized: NDArray[np.float32], action: Action) -> NDArray[np.float32]:
     """Commands float32 [n, len(action.names)] from the head's output [n, A]; a new array."""
     if action.head == "classes":

@@ -85,6 +85,13 @@ def tolerances(manifest: Manifest) -> tuple[float, float]:
     return max(LEAST_COSINE, least), min(MOST_ERROR, most)
 
 
+def deviation(policy: Policy, expected: Golden) -> tuple[float, float]:
+    """Feature cosine and action error of one step on the golden frames, after a reset to the golden instruction."""
+    chunk = policy.step_resized(expected.frames)
+    scale = max(1.0, float(np.abs(expected.action).max()))
+    return cosine(chunk.feature, expected.feature), float(np.abs(chunk.normalized - expected.action).max()) / scale
+
+
 def check(policy: Policy, folder: Path) -> None:
     """Replay the golden step; leaves the policy without an instruction, as after loading.
 
@@ -101,12 +108,9 @@ def check(policy: Policy, folder: Path) -> None:
             expected="an engine as long as the bundle's first instruction",
             hint="build engines of all lengths: build_engines.py --engines-only BUNDLE, without --bucket.",
         ) from None
-    chunk = policy.step_resized(expected.frames)
+    similarity, error = deviation(policy, expected)
     policy.clear()
     least, most = tolerances(policy.manifest)
-    similarity = cosine(chunk.feature, expected.feature)
-    scale = max(1.0, float(np.abs(expected.action).max()))
-    error = float(np.abs(chunk.normalized - expected.action).max()) / scale
     if similarity < least or not error <= most:
         raise BackendError(
             f"{policy.backend} computes wrong numbers on this machine",

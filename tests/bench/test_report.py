@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -19,47 +18,12 @@ from bench.report_writer import page, write_report
 from bench.results import Baseline, Drive, Fact, Result, Verdict, read_result, write_result
 from bundle.errors import ConfigError, StorageError
 from tests.bench.results_made import made_result
+from tests.html_document import Document
 
 pytest.importorskip("jinja2")
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "report.py"
 RESULT = made_result()
-VOID = {"meta", "br", "link", "img", "hr", "input"}
 EVIL = "<script>alert('1')</script>\"'><img src=x onerror=alert(1)> {{ 7 * 7 }} {% raw %} $\\frac{ --> \u202e \U0001f600 \u6f22"
-
-
-class Document(HTMLParser):
-    """Tags, attributes, ids and text of a page; fails on tags that do not match."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str, str | None]] = []
-        self.words: list[str] = []
-        self._open: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(tag, *attr) for attr in attrs]
-        if tag not in VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(tag, *attr) for attr in attrs]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag, f"</{tag}>"
-
-    def handle_data(self, data: str) -> None:
-        if not self._open or self._open[-1] != "style":
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return re.sub(r"\s+", " ", " ".join(self.words))
 
 
 def changed(result: Result, part: str, **changes: Any) -> Result:

@@ -67,7 +67,7 @@ def prepare(folder: Path, seen: Sequence[Seen], how: How) -> Prepared:
         graph = next(graph for (name, _), graph in graphs.items() if name == stage)
         ranges = Ranges(found[stage].scales, found[stage].smoothing)
         path = folder / f"{stage}.integers.data"
-        tensors = write_integers(graph, ranges, path, lambda _: None)
+        tensors = write_integers(graph, ranges, path, lambda _: None).tensors
         integers[stage] = Integers(path.name, tensors, found[stage].scales)
     feeds = dict(stage_feeds(folder, manifest, seen[0]))
     return Prepared(folder, manifest, tuple(seen), found, graphs, integers, feeds)

@@ -179,7 +179,7 @@ def test_a_file_is_aligned_and_hashed(tmp_path: Path) -> None:
 def test_the_file_of_a_stage(fp32: Prepared, stage: str, tmp_path: Path) -> None:
     graph, found = fp32.graphs[fp32.first(stage)], fp32.found[stage]
     seen: list[int] = []
-    tensors = write_integers(graph, Ranges(found.scales, found.smoothing), tmp_path / "a.data", seen.append)
+    tensors = write_integers(graph, Ranges(found.scales, found.smoothing), tmp_path / "a.data", seen.append).tensors
 
     assert seen == [site.shape[0] * site.shape[1] for site in graph.sites]
     spans = sorted((tensor.offset, tensor.offset + tensor.length) for tensor in tensors.values())

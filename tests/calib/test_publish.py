@@ -70,7 +70,7 @@ def test_a_larger_budget_lifts_it_and_made_up_pictures_have_none(own_quantized: 
 def test_too_far_off_nothing_is_published(own: Own, recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = own()
     before = contents(bundle)
-    monkeypatch.setattr(calib.publish, "cosine", lambda *_: 0.949)
+    monkeypatch.setattr(calib.publish, "deviation", lambda *_: (0.949, 0.0))
     with pytest.raises(CalibrationError, match=r"golden step(?s:.*)0\.9490(?s:.*)at least 0\.95"):
         quietly(config(bundle, recorded, keep_float=("projection", "language.0-1")))
     assert contents(bundle) == before

@@ -8,7 +8,6 @@ import io
 import math
 import re
 import sys
-from html.parser import HTMLParser
 from typing import Any
 from xml.etree import ElementTree
 
@@ -24,10 +23,10 @@ from calib import figures
 from calib.acceptance import Acceptance, Flips, Pair, Streamed, judge
 from calib.pictures import worst_picture
 from calib.quantization_page import BlockRow, OutlierRow, Page, Point, check_page, render, sentence
+from tests.html_document import Document
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
-VOID = {"meta", "br", "link", "img", "hr", "input"}
 SVG = "{http://www.w3.org/2000/svg}"
 EVIL = "<script>alert('1')</script>\"'><img src=x onerror=alert(1)> {{ 7 * 7 }} {% raw %} $\\frac{ --> \u202e \U0001f600 \u6f22 \x07"
 ACTION = Action(
@@ -101,40 +100,6 @@ def made_page(points: int = 24, **changes: Any) -> Page:
 
 
 PAGE = made_page()
-
-
-class Document(HTMLParser):
-    """Tags, attributes and text of a page; fails on tags that do not match."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str, str | None]] = []
-        self.words: list[str] = []
-        self._open: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_startendtag(tag, attrs)
-        if tag not in VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(tag, *attr) for attr in attrs]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag, f"</{tag}>"
-
-    def handle_data(self, data: str) -> None:
-        if not self._open or self._open[-1] != "style":
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return re.sub(r"\s+", " ", " ".join(self.words))
 
 
 def texts(svg: str) -> list[str]:

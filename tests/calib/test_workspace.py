@@ -178,7 +178,7 @@ def some_integers(workspace: Workspace) -> DataFile:
     with DataFile(workspace.integers("vision")) as file:
         file.add("w.int8", np.arange(-127, 127, dtype=np.int8))
         file.add("w.scale", np.ones(4, np.float32))
-    workspace.save_integers("vision", file.tensors)
+    workspace.save_integers("vision", file)
     return file
 
 

@@ -18,6 +18,7 @@ from bundle.recording import Episode, ReferenceStep
 from export import parity
 from export.parity import LIMITS, ParityReport, judge, limits_of, random_frames
 from export.reference import record_reference
+from runtime.actions import action_error
 from runtime.backends.base import Feeds, Outputs, Stage
 from runtime.backends.ort import OrtBackend
 from runtime.policy import Policy
@@ -324,7 +325,7 @@ def test_logits_are_judged_relative_to_their_size(case: Callable[..., Case]) -> 
         return dataclasses.replace(step, action=action)
 
     loud = [[scaled(step, 1000.0) for step in run] for run in steps]
-    errors = parity._action_error(steps[0][0].action, loud[0][0].action)
+    errors = action_error(steps[0][0].action, loud[0][0].action)
     assert errors[:, -1].max() == pytest.approx(1.0, rel=0.1)
     assert errors[:, :-1].max() == 0
 
