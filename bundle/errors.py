@@ -82,6 +82,34 @@ class EpisodeError(JetvlaError):
     """An episode file that cannot be read, or does not have a known schema."""
 
 
+class RecordingError(EpisodeError):
+    """A flight recording that cannot be read or written."""
+
+
+class CameraError(JetvlaError):
+    """A camera that is not there, is lost, or gives something else than the robot file says."""
+
+
+class CommandError(JetvlaError):
+    """Commands that cannot reach the robot."""
+
+
+class LimitsError(ConfigError):
+    """Limits that are missing, senseless, or looser than those they should tighten."""
+
+
+class RobotLockedError(JetvlaError):
+    """Somebody else is driving this robot."""
+
+
+class WatchdogError(JetvlaError):
+    """The watchdog is gone, or has stopped the robot: nothing may move any more."""
+
+
+class ServiceError(JetvlaError):
+    """A policy service that does not answer, answers late, or refuses."""
+
+
 class FrameError(JetvlaError):
     """An image that is not uint8 [H, W, 3], or cannot be decoded."""
 

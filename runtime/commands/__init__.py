@@ -1,0 +1,1 @@
+"""Where velocity commands go: one small protocol, one module for each way to a robot."""
