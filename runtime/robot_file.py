@@ -17,7 +17,8 @@ from runtime.commands.base import TwistField
 
 ColourOrder = Literal["rgb", "bgr"]
 Strategy = Literal["receding_horizon", "chunk", "ensemble"]
-Positive = Annotated[float, msgspec.Meta(gt=0)]
+# Nothing here is infinite, and nothing of a robot is in the ten thousands.
+Positive = Annotated[float, msgspec.Meta(gt=0, le=1e4)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
 SCHEMA = 1
 
@@ -208,7 +209,7 @@ class Loop(_Strict, frozen=True, kw_only=True):
     Attributes:
         publish_hz: commands per second, whatever the policy does.
         decide_hz: decisions per second; by default the bundle's training cadence, which the history window depends on.
-        deadline_s: a decision later than this after its frame was taken from the camera is a miss; by default one decision period.
+        deadline_s: a decision that takes longer is a miss; by default one decision period.
         strategy: receding_horizon plays step 0 of the newest chunk; chunk plays its steps in time, `chunk_steps` at most; ensemble averages
             what all chunks say of now, weighted exp(-ensemble_decay * age in steps).
     """

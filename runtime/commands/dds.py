@@ -1,0 +1,185 @@
+"""Commands to a ROS 2 topic through cyclonedds: a robot that runs ROS 2 understands them, and no ROS is needed here.
+
+Plain publish and subscribe needs the mangled names of topic and type, a compatible quality of service, the right domain, and nothing else:
+the user data and the graph topic with which ROS 2 nodes find each other's names are left out, so `ros2 node list` does not show this
+publisher, and `ros2 topic info -v` shows it without a node name.
+
+Quality of service is ROS 2's default for publishers (reliable, volatile, keep last), with a depth of one instead of ten: of velocities only
+the newest counts, and a queue of old ones to a slow receiver would be driven late. A depth of one also means that a write waits for no
+receiver: the command that was not acknowledged yet is replaced. What remains of waiting is bounded by a millisecond.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from typing import Any
+
+from bundle.errors import CommandError
+from runtime.commands.base import ZERO, Twist
+from runtime.commands.cdr import encode_frame_id, stamp
+from runtime.robot_file import DdsCommands
+
+_MAX_BLOCKING_MS = 1
+_LAST_ACKS_S = 1
+_MOST_WRITERS = 1000  # in a domain
+_LOOK_S = 0.05
+_LOOPBACK = "<CycloneDDS><Domain><General><Interfaces><NetworkInterface address='127.0.0.1'/></Interfaces></General></Domain></CycloneDDS>"
+
+
+class DdsSink:
+    """A writer on one topic, with a participant of its own.
+
+    Attributes:
+        identity: GUID of its participant, unique in the network.
+
+    Args:
+        config: what to write to.
+        domain: DDS domain, resolved.
+        clock: seconds since 1970, for the header of TwistStamped.
+
+    Raises:
+        CommandError: cyclonedds is missing, or cannot use the network or the domain.
+    """
+
+    def __init__(self, config: DdsCommands, domain: int, *, clock: Callable[[], float] = time.time) -> None:
+        self._where = f"DDS topic {config.topic} in domain {domain}"
+        self._config = config
+        self._clock = clock
+        encode_frame_id(config.frame_id)  # raises here rather than at the first command
+        try:
+            from cyclonedds.builtin import BuiltinDataReader, BuiltinTopicDcpsPublication
+            from cyclonedds.core import DDSException, InstanceState, Policy, Qos, ReadCondition, SampleState, ViewState
+            from cyclonedds.domain import DomainParticipant
+            from cyclonedds.pub import DataWriter
+            from cyclonedds.topic import Topic
+
+            from runtime.commands import dds_messages
+        except ImportError as error:
+            raise CommandError(
+                "cyclonedds is not installed",
+                got=error,
+                hint="pip install 'jetvla[dds]', or set kind = \"ros2\" under [commands] where rclpy is there (docs/robot.md).",
+            ) from None
+        self._messages = dds_messages
+        self._exception = DDSException
+        _obey_ros_localhost_only()
+        name = f"jetvla, process {os.getpid()} on {socket.gethostname()}"
+        waiting = Policy.Reliability.Reliable(max_blocking_time=_MAX_BLOCKING_MS * 1_000_000)
+        qos = Qos(
+            waiting if config.reliable else Policy.Reliability.BestEffort,
+            Policy.Durability.Volatile,
+            Policy.History.KeepLast(1),
+            Policy.DataRepresentation(
+                use_cdrv0_representation=True, use_xcdrv2_representation=False
+            ),  # all that ROS 2 reads
+        )
+        try:
+            self._participant = DomainParticipant(domain, qos=Qos(Policy.Userdata(name.encode())))
+            message = dds_messages.TwistStampedMessage if config.stamped else dds_messages.TwistMessage
+            self._topic_name = dds_topic(config.topic)
+            self._writer = DataWriter(self._participant, Topic(self._participant, self._topic_name, message), qos=qos)
+            self._writers = BuiltinDataReader(self._participant, BuiltinTopicDcpsPublication)
+            states = ViewState.Any | SampleState.Any | InstanceState.Alive
+            self._alive = ReadCondition(self._writers, states)
+            self.identity = str(self._participant.guid)
+        except DDSException as error:
+            raise self._error("cannot publish", error) from None
+        self._opened_s = time.monotonic()
+        self._closed = False
+        self._message(ZERO).serialize()  # builds the serializer now rather than at the first command
+
+    def send(self, twist: Twist) -> None:
+        """See CommandSink. Goes on without listeners."""
+        if self._closed:
+            raise self._error("cannot publish", "the connection was closed")
+        try:
+            self._writer.write(self._message(twist))
+        except self._exception as error:
+            raise self._error("cannot publish", error) from None
+
+    def listeners(self) -> int | None:
+        """Matched subscriptions: see CommandSink.
+
+        The first commands after a match may still be lost; a receiver that died without a word is missed when its lease ends, 10 s later.
+        """
+        try:
+            return 0 if self._closed else len(self._writer.get_matched_subscriptions())
+        except self._exception:
+            return None
+
+    def competitors(self, *, exclude: Collection[str] = (), wait_s: float = 1.0) -> list[str]:
+        """Other writers on the topic, in this process, on this machine or another.
+
+        Args:
+            exclude: `identity` of those that may be there.
+            wait_s: counted from when this sink was opened, because others are found from then on; ends with the first one found.
+        """
+        allowed = {self.identity, *exclude}
+        while True:
+            try:
+                samples = self._writers.read(N=_MOST_WRITERS, condition=self._alive)
+            except self._exception as error:
+                raise self._error("cannot tell who else publishes", error) from None
+            others = {str(one.participant_key) for one in samples if one.topic_name == self._topic_name} - allowed
+            if others or time.monotonic() - self._opened_s > wait_s:
+                return [self._describe(other) for other in sorted(others)]
+            time.sleep(_LOOK_S)
+
+    def close(self) -> None:
+        """See CommandSink. Waits up to two seconds for receivers to have the last command: one here, one within cyclonedds."""
+        if self._closed:
+            return
+        self._closed = True
+        # cyclonedds 11.0.1 raises AttributeError where it means to say that the time is over.
+        with suppress(self._exception, AttributeError):
+            if self._config.reliable:
+                self._writer.wait_for_acks(_LAST_ACKS_S * 1_000_000_000)
+        for name in ("_alive", "_writers", "_writer", "_participant"):
+            delattr(self, name)  # cyclonedds deletes an entity with its last reference
+
+    def _message(self, twist: Twist) -> Any:
+        messages = self._messages
+        values = tuple(map(float, twist.values))
+        message = messages.TwistMessage(messages.Vector3(*values[:3]), messages.Vector3(*values[3:]))
+        if not self._config.stamped:
+            return message
+        header = messages.Header(messages.Time(*stamp(self._clock())), self._config.frame_id)
+        return messages.TwistStampedMessage(header, message)
+
+    def _describe(self, participant: str) -> str:
+        """What a participant says of itself, where it is one of ours."""
+        from cyclonedds.builtin import BuiltinDataReader, BuiltinTopicDcpsParticipant
+        from cyclonedds.core import Policy
+
+        with suppress(self._exception):
+            for one in BuiltinDataReader(self._participant, BuiltinTopicDcpsParticipant).read(N=_MOST_WRITERS):
+                if str(one.key) == participant and Policy.Userdata in one.qos:
+                    text = bytes(one.qos[Policy.Userdata].data).decode(errors="replace")
+                    return (
+                        f"{text} (participant {participant})"
+                        if text.startswith("jetvla")
+                        else f"participant {participant}"
+                    )
+        return f"participant {participant}"
+
+    def _error(self, what: str, got: object) -> CommandError:
+        return CommandError(
+            f"{what}: {self._where}",
+            got=got,
+            hint="check `topic` and `domain` under [commands], CYCLONEDDS_URI, and this machine's network interfaces.",
+        )
+
+
+def dds_topic(topic: str) -> str:
+    """ROS 2's name of a topic on the wire: `/cmd_vel` is `rt/cmd_vel`."""
+    return "rt/" + topic.strip("/")
+
+
+def _obey_ros_localhost_only() -> None:
+    """Do what ROS 2's own middleware does for ROS_LOCALHOST_ONLY=1; a CYCLONEDDS_URI of the user's goes first."""
+    if os.environ.get("ROS_LOCALHOST_ONLY") == "1":
+        os.environ.setdefault("CYCLONEDDS_URI", _LOOPBACK)

@@ -1,0 +1,59 @@
+"""Robot files and limits for tests: a base with two axes that a tiny bundle can drive, cameras and sinks that need no hardware."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+
+from runtime.robot_file import (
+    Axis,
+    CameraConfig,
+    CommandConfig,
+    ConsoleCommands,
+    Loop,
+    RobotFile,
+    Safety,
+    SimulatedCamera,
+)
+
+AXES = {
+    "linear_x": Axis(field="linear_x", policy_unit="m/s", gain=0.5, invert=False, max_speed=0.4, max_acceleration=2.0),
+    "linear_y": Axis(field="linear_y", policy_unit="m/s", gain=0.5, invert=True, max_speed=0.4, max_acceleration=2.0),
+}
+SAFETY = Safety(stale_frame_s=0.4, stale_action_s=0.4, stop_within_s=0.2, watchdog_s=0.3)
+
+
+def robot_file(
+    camera: CameraConfig | None = None,
+    commands: CommandConfig | None = None,
+    *,
+    axes: dict[str, Axis] | None = None,
+    safety: Safety = SAFETY,
+    loop: Loop | None = None,
+) -> RobotFile:
+    """The test base."""
+    return RobotFile(
+        schema=1,
+        name="test-base",
+        camera=camera or SimulatedCamera(colour_order="rgb"),
+        commands=commands or ConsoleCommands(),
+        axes=AXES if axes is None else axes,
+        safety=safety,
+        loop=loop or Loop(publish_hz=20.0, decide_hz=10.0),
+    )
+
+
+def save_robot(path: Path, robot: RobotFile) -> Path:
+    """As TOML."""
+    tables: dict[str, object] = msgspec.to_builtins(robot)
+    path.write_text("".join(f"{key} = {_toml(value)}\n" for key, value in tables.items() if value is not None))
+    return path
+
+
+def _toml(value: object) -> str:
+    """One value, tables inline; TOML has no null, so keys without a value are left out."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items() if item is not None) + "}"
+    return json.dumps(value)  # strings, numbers and booleans are the same in both
