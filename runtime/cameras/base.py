@@ -29,6 +29,10 @@ class Frame:
     source_stamp_s: float | None = None
 
 
+class EndOfFrames(Exception):
+    """A recording is over, which is no error; nothing comes after it."""
+
+
 class Camera(Protocol):
     """A source of frames. Used by one thread; may be opened again after `close`."""
 
@@ -44,7 +48,8 @@ class Camera(Protocol):
         """The newest frame that has not been returned yet; None if none came in time.
 
         Raises:
-            CameraError: the connection is lost, or a picture cannot be decoded; the caller closes and opens again.
+            FrameError: one picture is damaged; the next may be good.
+            CameraError: the connection is lost, or gives something else than configured; the caller closes and opens again.
             EndOfFrames: a recording is over.
         """
         ...

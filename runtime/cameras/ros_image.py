@@ -1,0 +1,92 @@
+"""From ROS's sensor_msgs/Image and CompressedImage to pixels, whatever brought the message.
+
+Rows may be padded (`step`), encodings name their colour order, and the robot file states one too: where the two contradict each other,
+one of them is wrong, and guessing which would make a picture that looks almost right.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bundle.errors import CameraError, FrameError
+from runtime.cameras.base import Frame
+from runtime.cameras.jpeg import MOST_PIXELS, decode_picture
+from runtime.cameras.orientation import upright
+from runtime.cameras.source_clock import SourceClock
+from runtime.robot_file import Ros2ServiceCamera, Ros2TopicCamera
+
+_CHANNELS = {"rgb8": 3, "bgr8": 3, "mono8": 1, "rgba8": 4, "bgra8": 4}
+
+
+class Stamp(Protocol):
+    """builtin_interfaces/Time."""
+
+    sec: int
+    nanosec: int
+
+
+def stamp_s(stamp: Stamp) -> float | None:
+    """Seconds; None for zero, which is a stamp that nobody set."""
+    return stamp.sec + stamp.nanosec * 1e-9 if stamp.sec or stamp.nanosec else None
+
+
+def frame_of(
+    message: Any, config: Ros2TopicCamera | Ros2ServiceCamera, origin: str, clock: SourceClock, arrival_s: float
+) -> Frame:
+    """A message of either type as a frame.
+
+    Args:
+        message: has the fields of sensor_msgs/Image, or of CompressedImage (told by its `format`).
+        origin: topic or service, for errors.
+
+    Raises:
+        FrameError: the picture is damaged.
+        CameraError: it is not as configured.
+    """
+    stamp = stamp_s(message.header.stamp)
+    if hasattr(message, "format"):
+        pixels = decode_picture(bytes(message.data), origin)
+    else:
+        pixels = raw_pixels(message, config.colour_order, origin)
+    return Frame(upright(pixels, config), clock.captured_s(stamp, arrival_s), stamp)
+
+
+def raw_pixels(message: Any, colour_order: str, origin: str) -> NDArray[np.uint8]:
+    """The pixels of a sensor_msgs/Image as they lie in it: uint8 [H, W, 3] in its own colour order, which must be `colour_order`.
+
+    Grey becomes three equal channels; the alpha channel is dropped.
+
+    Raises:
+        FrameError: sizes that do not fit each other.
+        CameraError: another encoding, or another colour order.
+    """
+    encoding, height, width, step = message.encoding, message.height, message.width, message.step
+    channels = _CHANNELS.get(encoding)
+    if channels is None:
+        raise CameraError(
+            f"{origin} has an encoding that is not read here",
+            got=repr(encoding)[:80],
+            expected=", ".join(_CHANNELS),
+            hint="set the camera node to rgb8 or bgr8, or take its compressed topic.",
+        )
+    if encoding != "mono8" and not encoding.startswith(colour_order):
+        raise CameraError(
+            f"{origin} has another colour order than the robot file says",
+            got=encoding,
+            expected=f"{colour_order}8",
+            hint=f'write colour_order = "{encoding[:3]}" into the robot file, and look at the picture with --doctor.',
+        )
+    data = np.frombuffer(message.data, np.uint8)
+    fits = height > 0 and width > 0 and step >= width * channels and len(data) >= step * height
+    if not fits or height * width > MOST_PIXELS:
+        raise FrameError(
+            f"{origin} sent a picture whose numbers do not fit each other",
+            got=f"{width} x {height} {encoding}, {step} bytes a row, {len(data)} bytes",
+            expected=f"at least {channels} bytes a pixel, and a row of that many for each line",
+            hint="this is a bug of the node that sends it.",
+        )
+    rows = data[: step * height].reshape(height, step)[:, : width * channels].reshape(height, width, channels)
+    return np.repeat(rows, 3, axis=2) if channels == 1 else rows[..., :3]
