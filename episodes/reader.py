@@ -30,6 +30,7 @@ from episodes.frames import open_frames
 from episodes.instruction import EpisodeWarning, InstructionSource, read_stored_instruction, resolve_instruction
 from episodes.layout import SCHEMAS, Schema, detect_schema
 from episodes.lerobot import open_lerobot, split_name
+from episodes.recording import open_recording, split_recording
 
 __all__ = ["Episode", "EpisodeWarning", "InstructionSource", "Schema", "open_episode"]
 
@@ -55,8 +56,8 @@ class Episode:
     """One episode, open for reading; use it as a context manager or call `close`.
 
     Attributes:
-        path: the file; for an episode of a LeRobot dataset its name, FOLDER#INDEX.
-        schema: "v1", "v5" or "v6"; or "lerobot".
+        path: the file; for an episode of a LeRobot dataset its name, FOLDER#INDEX; of a flight recording NAME.mcap#INDEX.
+        schema: "v1", "v5" or "v6"; or "lerobot" or "recording".
         actions: float32 [T, A]; action i was commanded while frame i was seen.
         action_names: names of the A columns.
         instruction: what the robot was told, or None.
@@ -68,7 +69,7 @@ class Episode:
     """
 
     path: Path
-    schema: Schema | Literal["lerobot"]
+    schema: Schema | Literal["lerobot", "recording"]
     actions: npt.NDArray[np.float32]
     action_names: tuple[str, ...]
     instruction: str | None
@@ -130,7 +131,7 @@ def open_episode(path: str | Path, *, schema: Schema | None = None) -> Episode:
     """Open an episode and check all of it but its images.
 
     Args:
-        path: an HDF5 file, or FOLDER#INDEX, an episode of a LeRobot dataset.
+        path: an HDF5 file; FOLDER#INDEX, an episode of a LeRobot dataset; or a flight recording, NAME.mcap or NAME.mcap#INDEX.
         schema: of a file; overrides the sniffing (see `episodes.layout` for its rule), also for a session log.
 
     Raises:
@@ -142,6 +143,8 @@ def open_episode(path: str | Path, *, schema: Schema | None = None) -> Episode:
     if (found := split_name(path)) is not None and schema is None:
         folder, index = found
         return open_lerobot(folder).episode(index)
+    if split_recording(path) is not None and schema is None:
+        return open_recording(path, stacklevel=2)
     file = open_container(path)
     try:
         with reading(path, "its structure"):
