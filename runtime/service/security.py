@@ -1,0 +1,259 @@
+"""The guard in front of the service: who may ask, and how much a request may be.
+
+It stands before the application, as plain ASGI, so that a request without a right key is answered before one byte of its body is read.
+
+* The key is compared in constant time, as hashes, so that neither its length nor its first characters can be measured.
+* Without a key only this machine may ask, and a web page open on this machine must not be able to drive a robot: browsers send the page's
+  address as `Origin` (refused unless it is ours), and a page that points its own name at 127.0.0.1 ("DNS rebinding") still sends that name
+  as `Host` (refused unless it is a name of loopback).
+* A body is refused by its Content-Length, and counted while it comes in, because that may be missing or lie; it must come in time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import ipaddress
+import os
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from bundle.errors import ConfigError
+from runtime.service.metrics import Metrics
+from runtime.service.refusal import Refusal, answer, unexpected
+from runtime.service.wire import KEY_HEADER
+
+KEY_VARIABLE = "JETVLA_API_KEY"
+MIN_KEY_LENGTH = 16
+OPEN_PATHS = frozenset({"/health"})
+# A body for anything but a picture.
+SMALL_BODY = 64 * 1024
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+_MAKE_KEY = 'python -c "import secrets; print(secrets.token_urlsafe(32))" > key.txt && chmod 600 key.txt'
+
+
+def read_key(path: Path | None) -> str | None:
+    """The key from a file, else from the environment, else None. Never from the command line, where every user of the machine sees it.
+
+    Raises:
+        ConfigError: the file cannot be read, others can read it, or the key is too short or not plain text.
+    """
+    if path is None:
+        text, origin = os.environ.get(KEY_VARIABLE), f"the key in {KEY_VARIABLE}"
+        if text is None:
+            return None
+    else:
+        origin = f"the key in {path}"
+        try:
+            mode = path.stat().st_mode
+            text = path.read_text(encoding="ascii")
+        except OSError as error:
+            raise ConfigError(f"cannot read the key file {path}", got=error.strerror, hint=_MAKE_KEY) from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"{path} is not a key file", expected="one line of ASCII", hint=_MAKE_KEY) from None
+        if mode & 0o077:
+            raise ConfigError(
+                f"others can read the key file {path}",
+                got=f"mode {mode & 0o777:o}",
+                expected="mode 600",
+                hint=f"chmod 600 {path}",
+            )
+    key = text.strip()
+    if len(key) < MIN_KEY_LENGTH or not key.isascii() or not key.isprintable() or " " in key:
+        raise ConfigError(
+            f"{origin} is no good",
+            got=f"{len(key)} characters",
+            expected=f"at least {MIN_KEY_LENGTH} printable ASCII characters without spaces",
+            hint=_MAKE_KEY,
+        )
+    return key
+
+
+def is_loopback(host: str) -> bool:
+    """Only this machine can reach an address or name."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.rstrip(".").lower() == "localhost"
+
+
+def check_exposure(host: str, key: str | None) -> None:
+    """Refuse to be reachable by others without a key.
+
+    Raises:
+        ConfigError: `host` is more than loopback, and there is no key.
+    """
+    if key is None and not is_loopback(host):
+        raise ConfigError(
+            f"a service on {host} without a key would let everybody on the network drive the robot",
+            got="no key",
+            expected=f"--api-key-file, or {KEY_VARIABLE} in the environment",
+            hint=f"{_MAKE_KEY}, then --api-key-file key.txt; or --host 127.0.0.1.",
+        )
+
+
+@dataclass(frozen=True)
+class Access:
+    """What the guard holds requests against.
+
+    Attributes:
+        key: that requests must carry; None lets in everybody who reaches a loopback address.
+        max_body: bytes of a request with a picture.
+        body_timeout_s: for a whole body to come in.
+    """
+
+    key: str | None
+    max_body: int
+    body_timeout_s: float
+
+
+class Guard:
+    """ASGI middleware. Counts every request and its answer."""
+
+    def __init__(self, app: App, access: Access, metrics: Metrics) -> None:
+        self._app, self._access, self._metrics = app, access, metrics
+        self._digest = None if access.key is None else hashlib.sha256(access.key.encode()).digest()
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        answered = 0
+
+        async def counted_send(message: Message) -> None:
+            nonlocal answered
+            if message["type"] == "http.response.start":
+                answered = message["status"]
+            await send(message)
+
+        scope["jetvla.start_s"] = time.perf_counter()
+        self._metrics.in_flight.inc()
+        try:
+            try:
+                self._check(scope)
+                await self._app(scope, self._limited(scope, receive), counted_send)
+            except Refusal as error:
+                self._metrics.refused(error.reason)
+                await _answer(error, counted_send)
+            except Exception as error:
+                # The last resort before uvicorn's own page. What was answered is in the log already.
+                if not answered:
+                    await _answer(unexpected(error), counted_send)
+        finally:
+            self._metrics.in_flight.dec()
+            self._metrics.request(scope["path"], answered)
+
+    def _check(self, scope: Message) -> None:
+        headers: dict[bytes, list[bytes]] = {}
+        for name, value in scope["headers"]:
+            headers.setdefault(name, []).append(value)
+        self._check_browser(headers)
+        if self._digest is not None and scope["path"] not in OPEN_PATHS:
+            given = headers.get(KEY_HEADER.lower().encode(), [])
+            # Compared whether or not there is one, so that both take the same time.
+            right = hmac.compare_digest(hashlib.sha256(given[0] if given else b"").digest(), self._digest)
+            if len(given) != 1 or not right:
+                raise Refusal(
+                    401,
+                    "key",
+                    "a right key is needed",
+                    got="no key" if not given else "another key" if len(given) == 1 else "several keys",
+                    expected=f"the service's key in the header {KEY_HEADER}",
+                    hint="the key is in the file that the service was started with.",
+                )
+        if headers.get(b"content-encoding", [b"identity"]) != [b"identity"]:
+            raise Refusal(
+                415,
+                "encoding",
+                "the body is compressed",
+                got=headers[b"content-encoding"][0].decode("latin-1"),
+                expected="no Content-Encoding",
+                hint="pictures are compressed already.",
+            )
+        length = headers.get(b"content-length", [b"0"])[0]
+        if length.isdigit() and int(length) > self._max_body(scope):
+            raise self._too_large(scope, f"Content-Length {int(length)}")
+
+    def _check_browser(self, headers: dict[bytes, list[bytes]]) -> None:
+        host = headers.get(b"host", [b""])[0].decode("latin-1")
+        if self._digest is None and not is_loopback(without_port(host)):
+            raise Refusal(
+                403,
+                "host",
+                "a service without a key answers to names of loopback only",
+                got=f"Host: {host}",
+                expected="localhost, 127.0.0.1 or [::1]",
+                hint="call it by one of these, or start it with a key.",
+            )
+        for origin in headers.get(b"origin", []):
+            if urlsplit(origin.decode("latin-1")).netloc.lower() != host.lower():
+                raise Refusal(
+                    403,
+                    "origin",
+                    "web pages of other hosts may not use the service",
+                    got=f"Origin: {origin.decode('latin-1')}",
+                    expected="no Origin header",
+                    hint="call the service from a program, not from a page.",
+                )
+
+    def _max_body(self, scope: Message) -> int:
+        return self._access.max_body if scope["path"] == "/predict" else min(SMALL_BODY, self._access.max_body)
+
+    def _limited(self, scope: Message, receive: Receive) -> Receive:
+        received, complete = 0, False
+        deadline = time.monotonic() + self._access.body_timeout_s
+
+        async def limited() -> Message:
+            nonlocal received, complete
+            if complete:
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
+            except asyncio.TimeoutError:
+                raise Refusal(
+                    408,
+                    "slow_body",
+                    "the body did not come in time",
+                    got=f"{received} bytes in {self._access.body_timeout_s:g} s",
+                    expected="the whole request",
+                    hint="the network is too slow or too lossy to drive a robot over.",
+                ) from None
+            received += len(message.get("body", b""))
+            if received > self._max_body(scope):
+                raise self._too_large(scope, f"{received} bytes so far")
+            complete = message["type"] == "http.disconnect" or not message.get("more_body", False)
+            return message
+
+        return limited
+
+    def _too_large(self, scope: Message, got: str) -> Refusal:
+        return Refusal(
+            413,
+            "size",
+            "the request is too large",
+            got=got,
+            expected=f"at most {self._max_body(scope)} bytes",
+            hint="send the picture as JPEG, or smaller; or raise --max-upload-mb.",
+        )
+
+
+def without_port(host: str) -> str:
+    """The name or address in a Host header; empty if it is none."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+async def _answer(error: Refusal, send: Send) -> None:
+    status, headers, body = answer(error)
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
