@@ -106,6 +106,8 @@ class OrtBackend:
         options = self._runtime.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
+        # Between its runs a session's threads would spin on CPUs that other stages, and the control loop, need.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         arguments: dict[str, Any] = {}
         try:
             if self._plugin:
@@ -214,4 +216,5 @@ def _import_onnxruntime() -> Any:
             hint="pip install 'jetvla[ort]' (desktop GPU: 'jetvla[ort-gpu]').",
             absent=True,
         ) from None
+    onnxruntime.disable_telemetry_events()  # what a robot does is nobody else's business
     return onnxruntime
