@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Command line: bundle in, decisions out.
 
+    python runtime/run_robot.py BUNDLE --robot robot.toml --instruction "..." [--dry-run] [--confirm]
+    python runtime/run_robot.py BUNDLE --robot robot.toml --doctor
     python runtime/run_robot.py BUNDLE --replay EPISODE.h5
     python runtime/run_robot.py BUNDLE --check
 
@@ -10,6 +12,8 @@ Exit codes: 0 ok, 1 failed, 2 usage.
 from __future__ import annotations
 
 import json
+import math
+import os
 import sys
 import time
 import warnings
@@ -27,20 +31,38 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bundle.errors import ConfigError, JetvlaError
+from bundle.errors import ConfigError, JetvlaError, ServiceError
+from bundle.manifest import Manifest
 from runtime.backends.select import PrecisionChoice, faster_in_int8
+from runtime.decisions import Decider
+from runtime.drive import DriveOptions, Plan, drive, make_plan
+from runtime.events import Listener
+from runtime.notes import Notes
 from runtime.policy import Policy
+from runtime.robot_file import load_limits_file, load_robot_file
+from runtime.robot_view import plan_lines, summary_table
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Run a bundle.
+    """Drive a robot, or run a bundle without one.
 
     Attributes:
         bundle: directory made by export/build_engines.py.
-        replay: H5 episode: compare the policy's velocities with the recorded ones.
+        robot: robot file; by default $JETVLA_ROBOT, ./robot.toml or /etc/jetvla/robot.toml.
+        instruction: what to do; for --replay, if not what the episode says.
+        limits: file of local limits, which can only tighten the robot file's.
+        dry_run: everything but sending: no way to the robot is opened, nothing is recorded.
+        confirm: show the plan, and wait for Enter before the first command.
+        seconds: end after so long.
+        interactive: every line on stdin is a new instruction, an empty one stops.
+        no_record: leave the flight recorder off.
+        live_view: port of a page on this machine that shows what the policy sees and does.
+        server: URL of runtime/serve.py, which then runs the policy; BUNDLE is the same bundle on this machine.
+        server_key_file: its API key; by default $JETVLA_API_KEY.
+        doctor: show what camera and policy see, print a block for bug reports, and stop; sends nothing.
+        replay: H5 episode or flight recording: compare the policy's velocities with the recorded ones.
         check: load, verify and replay the golden step, then stop.
-        instruction: what to do, if not what the episode says.
         backend: auto, trt, ort, ort:cpu, ort:cuda, ort:tensorrt, ort:tensorrt-rtx, ort:openvino or fake.
         precision: int8 runs the bundle's INT8 variant, float what it was exported in; auto takes INT8 where it is good and fast.
         threads: CPU threads; 0 takes all.
@@ -50,9 +72,20 @@ class RunConfig:
     """
 
     bundle: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="BUNDLE")]
+    robot: Path | None = None
+    instruction: str | None = None
+    limits: Path | None = None
+    dry_run: bool = False
+    confirm: bool = False
+    seconds: float = math.inf
+    interactive: bool = False
+    no_record: bool = False
+    live_view: int | None = None
+    server: str | None = None
+    server_key_file: Path | None = None
+    doctor: bool = False
     replay: Path | None = None
     check: bool = False
-    instruction: str | None = None
     backend: str = "auto"
     precision: PrecisionChoice = "auto"
     threads: int = 0
@@ -70,28 +103,39 @@ def main() -> int:
     except JetvlaError as error:
         console.print(f"[bold red]error:[/] {error.__class__.__name__}")
         console.print(str(error), markup=False, soft_wrap=True)
-        return 2 if config.replay is None and not config.check else 1
+        return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         console.print("interrupted.")
         return 1
     if config.json:
         print(json.dumps(result))
-    return 0
+    return 1 if result.get("problems") else 0
+
+
+class UsageError(ConfigError):
+    """A command line that asks for nothing, or for two things."""
 
 
 def run(config: RunConfig, console: Console) -> dict[str, object]:
     """Do what the command line says; returns the JSON result.
 
     Raises:
-        JetvlaError: see Policy.load and runtime.replay.replay.
+        UsageError: it says nothing to do, or too much.
+        JetvlaError: see Policy.load, runtime.replay.replay and runtime.drive.drive.
     """
-    if config.replay is None and not config.check:
-        raise ConfigError(
-            "nothing to do",
-            got="neither --replay nor --check",
-            expected="--replay EPISODE.h5, or --check",
-            hint="driving a robot (cameras, /cmd_vel, safety) is not part of this version.",
-        )
+    modes = {"--check": config.check, "--doctor": config.doctor, "--replay": config.replay is not None}
+    chosen = [name for name, wanted in modes.items() if wanted]
+    if len(chosen) > 1:
+        raise UsageError("one thing at a time", got=" and ".join(chosen), expected="one of them", hint="run it twice.")
+    if config.doctor:
+        return _doctor(config, console)
+    if chosen:
+        policy, result = _load(config, console)
+        return result if config.replay is None else result | _replay(policy, config, config.replay, console)
+    return _drive(config, console)
+
+
+def _load(config: RunConfig, console: Console) -> tuple[Policy, dict[str, object]]:
     start = time.perf_counter()
     with console.status(escape(f"loading {config.bundle}")):
         policy = Policy.load(
@@ -114,13 +158,128 @@ def run(config: RunConfig, console: Console) -> dict[str, object]:
     )
     if config.precision == "auto" and (why := why_not_int8(policy)):
         console.print(f"the INT8 variant does not run: {why}", markup=False, soft_wrap=True)
-    result: dict[str, object] = {
+    return policy, {
         "bundle": str(config.bundle),
         "backend": policy.backend,
         "precision": manifest.precision,
         "load_s": load_s,
     }
-    return result if config.replay is None else result | _replay(policy, config, config.replay, console)
+
+
+def _drive(config: RunConfig, console: Console) -> dict[str, object]:
+    manifest = Manifest.load(config.bundle)
+    if config.instruction is None:
+        known = [repr(instruction.text) for instruction in manifest.prompt.instructions]
+        raise UsageError(
+            "no instruction to drive by",
+            got="no --instruction, and neither of --replay, --check, --doctor",
+            expected=f"--instruction '...'; this bundle was built with {', '.join(known)}"
+            if known
+            else "--instruction '...'",
+            hint="add --dry-run to see what the policy would do without moving anything.",
+        )
+    path = robot_file_path(config.robot)
+    plan = make_plan(
+        manifest, load_robot_file(path), None if config.limits is None else load_limits_file(config.limits)
+    )
+    listeners = listeners_of(config, plan, console)
+    notes = Notes(console, listeners)
+
+    def show(policy: Decider) -> None:
+        for line in plan_lines(plan, dry_run=config.dry_run):
+            console.print(line, markup=False, soft_wrap=True)
+
+    options = DriveOptions(config.instruction, config.dry_run, config.confirm, config.interactive, config.seconds)
+    result: dict[str, object] = {"bundle": str(config.bundle), "robot": plan.robot.name}
+
+    def load() -> Decider:
+        if config.server is not None:
+            return _remote(config, plan, notes)
+        policy, loaded = _load(config, console)
+        result.update(loaded)
+        return policy
+
+    summary = drive(
+        plan, load, options, listeners, notes, bundle=str(config.bundle), show=show, confirm=lambda: _ask(console)
+    )
+    Console(highlight=False, quiet=config.json).print(summary_table(summary))
+    return result | summary.as_json()
+
+
+def robot_file_path(given: Path | None) -> Path:
+    """The robot file to read.
+
+    Raises:
+        UsageError: none was named, and none lies where one is looked for.
+    """
+    if given is not None:
+        return given
+    if named := os.environ.get("JETVLA_ROBOT"):
+        return Path(named)
+    places = (Path("robot.toml"), Path("/etc/jetvla/robot.toml"))
+    for place in places:
+        if place.is_file():
+            return place
+    raise UsageError(
+        "no robot file",
+        got="no --robot, no $JETVLA_ROBOT",
+        expected=f"or one of {', '.join(map(str, places))}",
+        hint="copy runtime/deploy/reference-robot.toml and fit it to the robot; docs/robot.md explains every key.",
+    )
+
+
+def listeners_of(config: RunConfig, plan: Plan, console: Console) -> list[Listener]:
+    """Who is told what happens: flight recorder and live view, as far as wanted."""
+    listeners: list[Listener] = []
+    # Each needs libraries that a robot without it does not.
+    if plan.robot.recorder is not None and not config.no_record and not config.dry_run:
+        from runtime.recorder.flight_recorder import FlightRecorder
+
+        def report(text: str) -> None:
+            console.print(f"recorder: {text}", markup=False, soft_wrap=True)
+
+        listeners.append(FlightRecorder(plan.robot.recorder, on_problem=report))
+    if config.live_view is not None:
+        from runtime.service.live_view import LiveView
+
+        listeners.append(LiveView(config.live_view))
+    return listeners
+
+
+def _remote(config: RunConfig, plan: Plan, notes: Notes) -> Decider:
+    from runtime.service.client import RemotePolicy  # needs httpx, which a robot that runs its own policy does not
+    from runtime.service.security import read_key
+
+    assert config.server is not None
+    policy = RemotePolicy(
+        config.server, key=read_key(config.server_key_file), timeout_s=plan.pace.deadline_s, on_note=notes
+    )
+    if policy.manifest.manifest_sha256 != plan.manifest.manifest_sha256:
+        raise ServiceError(
+            f"{config.server} runs another bundle",
+            got=policy.manifest.manifest_sha256[:12],
+            expected=f"{plan.manifest.manifest_sha256[:12]}, that of {config.bundle}",
+            hint="start the server on the same bundle, or copy its bundle here.",
+        )
+    return policy
+
+
+def _ask(console: Console) -> None:
+    console.print("Enter starts the robot, Ctrl-C does not: ", end="")
+    if not sys.stdin.readline():
+        raise UsageError(
+            "nobody confirmed",
+            got="end of input",
+            expected="Enter",
+            hint="run it from a terminal, or without --confirm.",
+        )
+
+
+def _doctor(config: RunConfig, console: Console) -> dict[str, object]:
+    from runtime.robot_doctor import examine
+
+    robot = load_robot_file(robot_file_path(config.robot))
+    return examine(config.bundle, robot, console, quiet=config.json)
 
 
 def why_not_int8(policy: Policy) -> str:

@@ -205,7 +205,32 @@ def test_help(tmp_path: Path) -> None:
 def test_nothing_to_do(bundle: Path, tmp_path: Path) -> None:
     done = run_robot(bundle, folder=tmp_path)
     assert done.returncode == 2
-    assert "neither --replay nor --check" in done.stderr
+    assert "no --instruction, and neither of --replay, --check, --doctor" in done.stderr
+    assert GO_LEFT in done.stderr  # what it could be told
+    both = run_robot(bundle, "--check", "--doctor", folder=tmp_path)
+    assert both.returncode == 2
+    assert "one thing at a time" in both.stderr
+
+
+def test_no_robot_file(bundle: Path, tmp_path: Path) -> None:
+    done = run_robot(bundle, "--instruction", GO_LEFT, folder=tmp_path)
+    assert done.returncode == 2
+    assert "no robot file" in done.stderr
+    (tmp_path / "robot.toml").write_text("schema = 1\n")
+    found = run_robot(bundle, "--instruction", GO_LEFT, folder=tmp_path)
+    assert found.returncode == 1
+    assert "robot.toml is not a robot file" in found.stderr
+
+
+def test_the_desk_robot(bundle: Path, tmp_path: Path) -> None:
+    """What README shows to somebody without a robot."""
+    desk = ROOT / "runtime" / "deploy" / "desk-robot.toml"
+    done = run_robot(bundle, "--robot", desk, "--instruction", GO_LEFT, "--seconds", 1, "--json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["zero_sent"]
+    assert result["decisions"] > 0
+    assert "robot desk: camera simulated, commands to console" in done.stderr
 
 
 def test_no_bundle(tmp_path: Path) -> None:

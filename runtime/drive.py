@@ -1,0 +1,244 @@
+"""A run on the robot: everything that a control loop needs is made, checked and, in whatever way the run ends, taken down again.
+
+The order is the point. What can be refused is refused before the model is loaded; the robot is locked before its topic is opened; camera
+and policy have shown that they work before anybody is asked to confirm; the watchdog stands ready before the first command. In a dry run
+the way to the robot is never opened at all.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import msgspec
+
+from bundle.errors import CameraError, ConfigError, RobotLockedError
+from bundle.manifest import Manifest
+from runtime.cadence import Summary
+from runtime.cameras.base import Frame
+from runtime.cameras.grabber import FrameGrabber
+from runtime.cameras.select import open_camera
+from runtime.commands.base import CommandSink
+from runtime.commands.select import competitors, open_sink, robot_key
+from runtime.control_loop import ControlLoop, Pace
+from runtime.decisions import Decider
+from runtime.events import Listener, RunInfo
+from runtime.limits import AxisMap, Limits, axis_map, check_cadence, limits_of
+from runtime.notes import Notes
+from runtime.realtime import LOOP_PRIORITY, give_back_priority, take_priority
+from runtime.robot_file import ConsoleCommands, LimitsFile, RobotFile
+from runtime.robot_lock import lock_robot
+from runtime.watchdog import Watchdog
+
+# Cameras with an exposure to settle take a second or two; so does a service that has to be discovered.
+_FIRST_FRAME_S = 15.0
+# The interpreter's own choice is 5 ms for which one thread may keep all others waiting: half of what jitter is allowed.
+_SWITCH_S = 0.0001
+
+
+@dataclass(frozen=True)
+class DriveOptions:
+    """How to drive, beside what bundle and robot file say.
+
+    Attributes:
+        instruction: what to do.
+        dry_run: decide, and send nothing to the robot.
+        confirm: wait for Enter before the first command.
+        interactive: every line on stdin is a new instruction; an empty one stops.
+        seconds: end after so long; infinite runs until stopped.
+    """
+
+    instruction: str
+    dry_run: bool = False
+    confirm: bool = False
+    interactive: bool = False
+    seconds: float = math.inf
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is known before a model is loaded.
+
+    Attributes:
+        local: the limits file, if there is one.
+        limits: the tightest of all.
+    """
+
+    manifest: Manifest
+    robot: RobotFile
+    local: LimitsFile | None
+    limits: Limits
+    axes: AxisMap
+    pace: Pace
+
+
+def make_plan(manifest: Manifest, robot: RobotFile, local: LimitsFile | None) -> Plan:
+    """Check bundle, robot and limits against each other.
+
+    Raises:
+        ConfigError, LimitsError: they do not fit; see runtime/limits.py.
+    """
+    if manifest.preprocessing.cameras != ("static",):
+        raise ConfigError(
+            "the policy has more cameras than a robot file can name",
+            got=", ".join(manifest.preprocessing.cameras),
+            expected="static",
+            hint="policies with a hand camera can be run through runtime.policy.Policy; the control loop has one camera.",
+        )
+    decide_hz = robot.loop.decide_hz or manifest.fps
+    if decide_hz is None:
+        raise ConfigError(
+            "neither the bundle nor the robot file says how many decisions a second",
+            expected="the cadence of the training episodes",
+            hint="set loop.decide_hz in the robot file; the history window means what it meant in training only at that rate.",
+        )
+    pace = Pace(robot.loop.publish_hz, decide_hz, robot.loop.deadline_s or 1 / decide_hz)
+    limits = limits_of(robot, manifest.action, local)
+    check_cadence(limits, publish_hz=pace.publish_hz, decide_hz=pace.decide_hz, deadline_s=pace.deadline_s)
+    return Plan(manifest, robot, local, limits, axis_map(robot, manifest.action), pace)
+
+
+def drive(
+    plan: Plan,
+    load: Callable[[], Decider],
+    options: DriveOptions,
+    listeners: Sequence[Listener],
+    notes: Notes,
+    *,
+    bundle: str,
+    show: Callable[[Decider], None] = lambda _: None,
+    confirm: Callable[[], None] = lambda: None,
+) -> Summary:
+    """Run until stopped by time, a signal or an error.
+
+    Args:
+        load: makes the policy.
+        listeners: told of the run and closed after it.
+        notes: told of it too, and what the camera's notes go through.
+        show: called when all is ready, before `confirm`, which may raise to refuse.
+
+    Raises:
+        JetvlaError: of whatever failed; the robot has been sent a zero if it had been sent anything.
+    """
+    with ExitStack() as stack:
+        if not options.dry_run and (key := robot_key(plan.robot.commands)):
+            stack.enter_context(lock_robot(key))
+        grabber = FrameGrabber(open_camera(plan.robot.camera), plan.robot.camera, on_note=notes)
+        grabber.start()
+        stack.callback(grabber.close)
+        policy = load()
+        _warm_up(policy, _first_frame(grabber), options.instruction)
+        info = _info(plan, policy, bundle)
+        show(policy)
+        if options.confirm:
+            confirm()
+        for listener in listeners:
+            listener.start(info)
+            stack.callback(listener.close)
+        with ExitStack() as way:
+            sink, guard = _way_to_robot(plan, options, way)
+            loop = ControlLoop(
+                policy, grabber, sink, guard, plan.limits, plan.axes, plan.robot.loop, plan.pace, (*listeners, notes)
+            )
+            stack.callback(loop.close)
+            stack.enter_context(_stopped_by_signals(loop))
+            if options.interactive:
+                threading.Thread(target=_obey, args=(loop, sys.stdin), name="stdin", daemon=True).start()
+            with steady_threads():
+                return loop.run(options.instruction, seconds=options.seconds, camera=lambda: vars(grabber.statistics))
+
+
+@contextmanager
+def steady_threads() -> Iterator[None]:
+    """While a loop runs on this thread: it comes first, and the others do not keep the interpreter to themselves for long."""
+    switch_s = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_S)
+    raised = take_priority(LOOP_PRIORITY)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(switch_s)
+        if raised:
+            give_back_priority()
+
+
+def _way_to_robot(plan: Plan, options: DriveOptions, stack: ExitStack) -> tuple[CommandSink, Watchdog | None]:
+    commands = ConsoleCommands() if options.dry_run else plan.robot.commands
+    sink = open_sink(commands)
+    stack.callback(sink.close)
+    if isinstance(commands, ConsoleCommands):
+        return sink, None
+    guard = Watchdog.start(commands, plan.limits.safety.watchdog_s)
+    stack.callback(guard.close)
+    if others := competitors(sink, exclude=(guard.identity,)):
+        raise RobotLockedError(
+            f"somebody else sends commands to robot {plan.robot.name}",
+            got="; ".join(others),
+            expected="nobody: two controllers on one robot fight",
+            hint="stop the other one (ros2 topic info -v /cmd_vel shows who it is).",
+        )
+    return sink, guard
+
+
+def _first_frame(grabber: FrameGrabber) -> Frame:
+    frame = grabber.wait_newer(None, _FIRST_FRAME_S)
+    if frame is None:
+        raise CameraError(
+            f"the camera gave no good picture in {_FIRST_FRAME_S:g} s",
+            got=f"{grabber.error or grabber.statistics}",
+            hint="run_robot.py BUNDLE --robot ROBOT --doctor shows what the camera gives.",
+        )
+    return frame
+
+
+def _warm_up(policy: Decider, frame: Frame, instruction: str) -> None:
+    """The first step allocates and compiles; it is not one to drive by. An instruction that is refused is refused here."""
+    policy.reset(instruction)
+    policy.step(frame.pixels)
+
+
+def _info(plan: Plan, policy: Decider, bundle: str) -> RunInfo:
+    settings = {"robot": plan.robot, "limits_file": plan.local, "safety": plan.limits.safety}
+    return RunInfo(
+        robot=plan.robot.name,
+        bundle=bundle,
+        manifest_sha256=policy.manifest.manifest_sha256,
+        backend=policy.backend,
+        precision=policy.manifest.precision,
+        action_names=policy.manifest.action.names,
+        action_units=policy.manifest.action.units,
+        decide_hz=plan.pace.decide_hz,
+        publish_hz=plan.pace.publish_hz,
+        strategy=plan.robot.loop.strategy,
+        settings=msgspec.json.encode(settings).decode(),
+    )
+
+
+@contextmanager
+def _stopped_by_signals(loop: ControlLoop) -> Iterator[None]:
+    """Ctrl-C, SIGTERM and a closed terminal end the run in order. Only the main thread can have handlers: elsewhere the caller stops."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {
+        number: signal.signal(number, lambda *_: loop.stop())
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _obey(loop: ControlLoop, lines: Iterator[str]) -> None:
+    for line in lines:
+        if text := line.strip():
+            loop.instruct(text)
+        else:
+            loop.halt("stopped by hand")
