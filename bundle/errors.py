@@ -132,6 +132,10 @@ class BackendError(JetvlaError):
         self.absent = absent
 
 
+class NotFiniteError(BackendError):
+    """An action that is not finite: whatever computed it is broken, and what it said before is not to be driven on."""
+
+
 class EngineError(BackendError):
     """A TensorRT engine that is absent, corrupt, or made for another machine, version or bundle."""
 

@@ -16,22 +16,23 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from bundle.errors import CommandError
 from runtime.cadence import Histogram, Summary, percentiles_ms
-from runtime.commands.base import TWIST_FIELDS, ZERO, CommandSink
+from runtime.commands.base import TWIST_FIELDS, ZERO, CommandSink, Twist
 from runtime.decisions import Decider, DecisionThread, FrameSource, Progress
 from runtime.events import Decision, Event, Listener, Note, Published
 from runtime.execution import TimedChunk, make_execution
 from runtime.limits import AxisMap, Limits
 from runtime.robot_file import Loop
-from runtime.safety import Request, State, step
+from runtime.safety import STILL, Request, State, Vector, step
 
 # A best-effort transport may lose one.
 _LAST_ZEROS = 3
-_LISTENERS_EVERY_S = 0.5
+_LISTENERS_EVERY_S, _RIVALS_EVERY_S = 0.5, 2.0
+_NOT_FINITE = (math.nan,) * len(TWIST_FIELDS)
 
 
 class Guard(Protocol):
@@ -43,6 +44,10 @@ class Guard(Protocol):
 
     def check(self) -> None:
         """Raises WatchdogError where nothing may move any more."""
+        ...
+
+    def listeners(self) -> int | None:
+        """See CommandSink.listeners: those that a watchdog's zero would reach."""
         ...
 
 
@@ -70,15 +75,18 @@ class ControlLoop:
         pace: Pace,
         listeners: Sequence[Listener] = (),
         *,
+        rivals: Callable[[], Sequence[str]] = tuple,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
             guard: None only where the sink moves nothing.
+            rivals: tells who else sends commands to the robot; asked every two seconds.
             clock: monotonic seconds; the one that frames are stamped with.
         """
         self._sink, self._guard, self._frames = sink, guard, frames
         self._limits, self._axes, self._pace, self._clock = limits, axes, pace, clock
+        self._rivals = rivals
         self._listeners = tuple(listeners)
         self._period_s = 1 / pace.publish_hz
         self._lock = threading.Lock()
@@ -86,6 +94,7 @@ class ControlLoop:
         self._execution = make_execution(loop, 1 / pace.decide_hz)
         self._generation = 0
         self._halt = ""
+        self._distrusted = False
         self._decisions = DecisionThread(
             policy,
             frames,
@@ -93,11 +102,14 @@ class ControlLoop:
             deadline_s=pace.deadline_s,
             accept=self._accept,
             note=self.tell,
+            distrust=self._distrust,
             clock=clock,
         )
         self._state = State()
         self._seen = Progress(0, 0)
-        self._no_listener, self._listeners_at_s = False, -math.inf
+        self._no_listener, self._listeners_at_s, self._rivals_at_s = False, -math.inf, -math.inf
+        self._unsent_since_s: float | None = None
+        self._drove_s = math.inf
         self._jitter, self._overhead = Histogram(), Histogram()
         self._held_back_s: defaultdict[str, float] = defaultdict(float)
         self._published = self._late = 0
@@ -109,6 +121,7 @@ class ControlLoop:
             self._generation = self._decisions.instruct(instruction)
             self._execution.clear()
             self._halt = ""
+            self._drove_s = self._clock()
         self.tell(Note(self._clock(), "instruction", instruction))
 
     def halt(self, reason: str) -> None:
@@ -121,6 +134,11 @@ class ControlLoop:
         """End the run within a round. From any thread, and from signal handlers: those interrupt this very loop, so no lock is taken."""
         self._stopping = True
 
+    @property
+    def stopping(self) -> bool:
+        """`stop` was called."""
+        return self._stopping
+
     def tell(self, event: Event) -> None:
         """Pass an event on to all listeners. From any thread."""
         for listener in self._listeners:
@@ -132,6 +150,7 @@ class ControlLoop:
         """Drive.
 
         Args:
+            instruction: unless `instruct` was told another one before.
             seconds: end after so long.
             camera: asked for its counts at the end.
 
@@ -140,10 +159,12 @@ class ControlLoop:
             CommandError: commands do not reach the robot.
             Exception: whatever ended the decision thread.
         """
-        begin_s = self._clock()
+        begin_s = self._drove_s = self._clock()
         try:
-            with self._lock:
-                self._generation = self._decisions.start(instruction)
+            if not self._generation:
+                with self._lock:
+                    self._generation = self._decisions.instruct(instruction)
+            self._decisions.start()
             self._publish_until_stopped(begin_s + seconds)
         finally:
             self._send_zeros()
@@ -159,7 +180,7 @@ class ControlLoop:
             now_s = self._clock()
             if self._decisions.fault is not None:
                 raise self._decisions.fault
-            if now_s >= end_s:
+            if not now_s < end_s or self._frames.ended:
                 return
             late_s = now_s - due_s
             self._jitter.add(late_s)
@@ -176,11 +197,14 @@ class ControlLoop:
 
     def _tick(self, now_s: float, dt_s: float) -> None:
         progress = self._decisions.progress()
+        # The frame before the time, so that it cannot be younger than now.
+        frame = self._frames.latest()
+        now_s = max(now_s, self._clock()) if frame is not None and frame.captured_s > now_s else now_s
         with self._lock:
             row, action_age_s = self._execution.command(now_s)
             halt = self._halt
-        wanted = None if row is None else self._axes(row)
-        frame = self._frames.latest()
+            distrusted, self._distrusted = self._distrusted, False
+        wanted = _NOT_FINITE if distrusted else None if row is None else self._axes(row)
         frame_age_s = math.inf if frame is None else now_s - frame.captured_s
         request = Request(
             wanted=wanted,
@@ -188,7 +212,7 @@ class ControlLoop:
             action_age_s=action_age_s,
             misses=progress.misses - self._seen.misses,
             hits=progress.hits - self._seen.hits,
-            halt=halt or self._nobody_listens(now_s),
+            halt=halt or self._cut_off(now_s),
         )
         self._seen = progress
         state, verdict = step(self._state, request, self._limits, dt_s, self._period_s)
@@ -196,11 +220,18 @@ class ControlLoop:
             self._guard.check()
             # This process may have stood still since the command was made up; then the watchdog speaks, and not this old word.
             if self._clock() - now_s > self._limits.safety.watchdog_s / 2:
+                self._state = replace(state, published=self._state.published)
                 return
-        self._sink.send(verdict.twist)
+            # Before the first command, which must not go out unwatched. Not while none gets out: the watchdog has a way of its own to try.
+            if self._unsent_since_s is None:
+                self._guard.beat()
+        try:
+            self._sink.send(verdict.twist)
+        except CommandError as error:
+            self._not_sent(now_s, error)
+            return
+        self._unsent_since_s = None
         self._state = state
-        if self._guard is not None:
-            self._guard.beat()
         self._published += 1
         for reason in verdict.reasons:
             self._held_back_s[reason] += max(dt_s, 0.0)
@@ -209,18 +240,51 @@ class ControlLoop:
             moved = zip(TWIST_FIELDS, wanted, self._limits.max_speed, strict=True)
             wishes = {name: value for name, value, most in moved if most > 0}
         self.tell(Published(now_s, verdict.twist, wishes, verdict.level, verdict.reasons, frame_age_s, action_age_s))
+        self._stay_where_it_stood(now_s, verdict.twist, wanted)
+
+    def _not_sent(self, now_s: float, error: CommandError) -> None:
+        """No reason to end: only zeros until one gets out, and from zero then. Raises where that takes too long."""
+        if self._unsent_since_s is None:
+            self._unsent_since_s = now_s
+            self.tell(Note(now_s, "robot", f"{error.what} ({error.got})"))
+        if now_s - self._unsent_since_s > self._limits.safety.watchdog_s:
+            raise error
+        self._state = replace(self._state, published=STILL)
+
+    def _stay_where_it_stood(self, now_s: float, twist: Twist, wanted: Vector | None) -> None:
+        """A robot that was held for long while it wanted to move is not to drive off by itself when whatever held it has passed."""
+        if not twist.is_zero or (wanted is not None and not any(wanted)):
+            self._drove_s = now_s
+        elif now_s - self._drove_s > self._limits.safety.resume_within_s and not self._halt:
+            self.halt(f"stood for {now_s - self._drove_s:.0f} s; goes on after a new instruction or a new start")
+
+    def _cut_off(self, now_s: float) -> str:
+        """Why nothing may be sent but zeros, as far as it lies with the way to the robot; else empty."""
+        if self._unsent_since_s is not None:
+            return "commands do not get out"
+        if not 0 <= now_s - self._rivals_at_s < _RIVALS_EVERY_S:
+            self._rivals_at_s = now_s
+            if (others := self._rivals()) and not self._halt:
+                self.halt(f"somebody else sends commands to the robot: {'; '.join(others)}")
+        return self._nobody_listens(now_s)
 
     def _nobody_listens(self, now_s: float) -> str:
         """A robot that comes back to the network starts from zero, and not with what it missed."""
         if not 0 <= now_s - self._listeners_at_s < _LISTENERS_EVERY_S:
             self._listeners_at_s = now_s
-            nobody = self._sink.listeners() == 0
+            # The watchdog's way to the robot is another one, and must work before it is needed.
+            nobody = 0 in (self._sink.listeners(), None if self._guard is None else self._guard.listeners())
             if nobody != self._no_listener:
                 self._no_listener = nobody
                 self.tell(
                     Note(now_s, "robot", "nobody listens to the commands" if nobody else "the commands have a listener")
                 )
         return "nobody listens" if self._no_listener else ""
+
+    def _distrust(self) -> None:
+        with self._lock:
+            self._execution.clear()
+            self._distrusted = True
 
     def _accept(self, decision: Decision, generation: int) -> None:
         with self._lock:
@@ -234,8 +298,8 @@ class ControlLoop:
         for _ in range(_LAST_ZEROS):
             try:
                 self._sink.send(ZERO)
-            except CommandError as error:
-                self.tell(Note(self._clock(), "robot", f"the last zero could not be sent: {error.what}"))
+            except Exception as error:  # whatever it is, the watchdog goes on trying
+                self.tell(Note(self._clock(), "robot", f"the last zero could not be sent: {error}"))
                 return
             self._zero_sent = True
             self.tell(Published(self._clock(), ZERO, {}, "stop", ("end of the run",), math.inf, math.inf))

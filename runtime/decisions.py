@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from bundle.errors import BackendError, FrameError, JetvlaError, PromptError, ServiceError
+from bundle.errors import BackendError, FrameError, JetvlaError, NotFiniteError, PromptError, ServiceError
 from bundle.manifest import Manifest
 from runtime.cadence import Histogram
 from runtime.cameras.base import Frame
@@ -50,6 +50,11 @@ class Decider(Protocol):
 class FrameSource(Protocol):
     """What the loop needs of a camera; see runtime/cameras/grabber.py."""
 
+    @property
+    def ended(self) -> bool:
+        """A recording that plays as a camera is over."""
+        ...
+
     def latest(self) -> Frame | None:
         """The newest good frame."""
         ...
@@ -79,6 +84,7 @@ class DecisionThread:
         deadline_s: float,
         accept: Callable[[Decision, int], None],
         note: Callable[[Note], None],
+        distrust: Callable[[], None],
         clock: Callable[[], float],
     ) -> None:
         """
@@ -87,8 +93,10 @@ class DecisionThread:
             deadline_s: that a decision may take.
             accept: gets every decision, and the generation of the orders that it was made under (see `instruct`).
             note: gets what goes wrong.
+            distrust: called when an action was not finite: what was accepted before is not to be followed any more.
         """
         self._policy, self._frames, self._accept, self._note, self._clock = policy, frames, accept, note, clock
+        self._distrust = distrust
         self._period_s, self._deadline_s = period_s, deadline_s
         self._window_s = policy.manifest.dimensions.window * period_s
         self._lock = threading.Lock()
@@ -97,19 +105,19 @@ class DecisionThread:
         self._generation = 0
         self._started_s: float | None = None
         self._hits = self._misses = self._failures_in_a_row = 0
+        # The newest frame that the policy's history holds.
+        self._remembered: Frame | None = None
         self._thread = threading.Thread(target=self._run, name="decisions", daemon=True)
-        self.fault: Exception | None = None
+        self.fault: BaseException | None = None
         """What ended this thread; None while it runs."""
         self.instruction: str | None = None
         """What the policy was told; None before the first order and after one that it refused."""
         self.decided = self.failed = 0
         self.spacing, self.sections = Histogram(), dict[str, Histogram]()
 
-    def start(self, instruction: str) -> int:
-        """Begin with a reset; returns the generation of this first order."""
-        generation = self.instruct(instruction)
+    def start(self) -> None:
+        """Begin with what `instruct` was told."""
         self._thread.start()
-        return generation
 
     def instruct(self, instruction: str) -> int:
         """Before the next decision, tell the policy what to do and forget the history; the same text is a reset.
@@ -137,7 +145,7 @@ class DecisionThread:
     def _run(self) -> None:
         try:
             self._decide_until_closed()
-        except Exception as error:
+        except BaseException as error:  # whatever it is: the loop has to hear of it
             self.fault = error
 
     def _decide_until_closed(self) -> None:
@@ -153,14 +161,15 @@ class DecisionThread:
                 continue
             frame = self._frames.wait_newer(last, _LOOK_S)
             if frame is None:
+                self._closing.wait(0.001)  # a source that is over answers at once
                 continue
             now_s = self._clock()
             # Even spacing comes before the mean rate: after a delay of half a period the cadence starts anew.
             due_s = (due_s if 0 <= now_s - due_s < self._period_s / 2 else now_s) + self._period_s
-            gap_s = 0.0 if last is None else frame.captured_s - last.captured_s
             if last is not None:
-                self.spacing.add(gap_s)
+                self.spacing.add(frame.captured_s - last.captured_s)
             last = frame
+            gap_s = 0.0 if self._remembered is None else frame.captured_s - self._remembered.captured_s
             if not 0 <= gap_s <= self._window_s:
                 self._note(Note(now_s, "history", f"{gap_s:.2f} s between frames; the history is forgotten"))
                 if not self._reset(self.instruction):
@@ -170,6 +179,7 @@ class DecisionThread:
                 self._accept(decision, generation)
 
     def _reset(self, instruction: str) -> bool:
+        self._remembered = None
         try:
             self._policy.reset(instruction)
         except PromptError as error:
@@ -194,6 +204,8 @@ class DecisionThread:
         try:
             chunk = self._policy.step(frame.pixels)
         except (BackendError, FrameError, ServiceError) as error:
+            if isinstance(error, NotFiniteError):
+                self._distrust()
             if getattr(error, "sticky", False):
                 raise
             self._finish(started_s, failed=True)
@@ -214,7 +226,7 @@ class DecisionThread:
         missed = self._finish(started_s, failed=False)
         for section, milliseconds in chunk.timing.items():
             self.sections.setdefault(section, Histogram()).add(milliseconds / 1e3)
-        self._failures_in_a_row = 0
+        self._failures_in_a_row, self._remembered = 0, frame
         self.decided += 1
         return Decision(
             self.decided - 1, self.instruction, frame, started_s, finished_s, chunk.values, dict(chunk.timing), missed

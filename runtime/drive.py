@@ -8,12 +8,15 @@ the way to the robot is never opened at all.
 from __future__ import annotations
 
 import math
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from io import TextIOWrapper
+from typing import TextIO
 
 import msgspec
 
@@ -31,12 +34,22 @@ from runtime.events import Listener, RunInfo
 from runtime.limits import AxisMap, Limits, axis_map, check_cadence, limits_of
 from runtime.notes import Notes
 from runtime.realtime import LOOP_PRIORITY, give_back_priority, take_priority
-from runtime.robot_file import ConsoleCommands, LimitsFile, RobotFile
+from runtime.robot_file import (
+    CommandConfig,
+    ConsoleCommands,
+    DdsCommands,
+    LimitsFile,
+    RobotFile,
+    Ros2Commands,
+)
 from runtime.robot_lock import lock_robot
 from runtime.watchdog import Watchdog
 
 # Cameras with an exposure to settle take a second or two; so does a service that has to be discovered.
 _FIRST_FRAME_S = 15.0
+_DRAWN = ("simulated", "episode", "video")
+# What a frightened person types must not become an instruction.
+_STOP_WORDS = frozenset({"", "stop", "halt", "s", "q", "quit", "exit", "no", "정지", "멈춰", "그만"})
 # The interpreter's own choice is 5 ms for which one thread may keep all others waiting: half of what jitter is allowed.
 _SWITCH_S = 0.0001
 
@@ -49,7 +62,7 @@ class DriveOptions:
         instruction: what to do.
         dry_run: decide, and send nothing to the robot.
         confirm: wait for Enter before the first command.
-        interactive: every line on stdin is a new instruction; an empty one stops.
+        interactive: every line on stdin is a new instruction; an empty one, or a word like stop, stops, and so does the end of stdin.
         seconds: end after so long; infinite runs until stopped.
     """
 
@@ -126,6 +139,7 @@ def drive(
         JetvlaError: of whatever failed; the robot has been sent a zero if it had been sent anything.
     """
     with ExitStack() as stack:
+        stack.enter_context(notes)
         if not options.dry_run and (key := robot_key(plan.robot.commands)):
             stack.enter_context(lock_robot(key))
         grabber = FrameGrabber(open_camera(plan.robot.camera), plan.robot.camera, on_note=notes)
@@ -133,17 +147,29 @@ def drive(
         stack.callback(grabber.close)
         policy = load()
         _warm_up(policy, _first_frame(grabber), options.instruction)
-        info = _info(plan, policy, bundle)
-        show(policy)
-        if options.confirm:
-            confirm()
-        for listener in listeners:
-            listener.start(info)
-            stack.callback(listener.close)
+        commands = ConsoleCommands() if options.dry_run else plan.robot.commands
+        _refuse_make_believe(plan, policy.backend, commands)
         with ExitStack() as way:
-            sink, guard = _way_to_robot(plan, options, way)
+            sink, guard = _way_to_robot(plan, commands, way)
+            show(policy)
+            if options.confirm:
+                confirm()
+            info = _info(plan, policy, bundle)
+            for listener in listeners:
+                listener.start(info)
+                stack.callback(listener.close)
+            notes.hand_on(listeners)
             loop = ControlLoop(
-                policy, grabber, sink, guard, plan.limits, plan.axes, plan.robot.loop, plan.pace, (*listeners, notes)
+                policy,
+                grabber,
+                sink,
+                guard,
+                plan.limits,
+                plan.axes,
+                plan.robot.loop,
+                plan.pace,
+                (*listeners, notes),
+                rivals=lambda: () if guard is None else competitors(sink, exclude=(guard.identity,), wait_s=0.0),
             )
             stack.callback(loop.close)
             stack.enter_context(_stopped_by_signals(loop))
@@ -167,8 +193,7 @@ def steady_threads() -> Iterator[None]:
             give_back_priority()
 
 
-def _way_to_robot(plan: Plan, options: DriveOptions, stack: ExitStack) -> tuple[CommandSink, Watchdog | None]:
-    commands = ConsoleCommands() if options.dry_run else plan.robot.commands
+def _way_to_robot(plan: Plan, commands: CommandConfig, stack: ExitStack) -> tuple[CommandSink, Watchdog | None]:
     sink = open_sink(commands)
     stack.callback(sink.close)
     if isinstance(commands, ConsoleCommands):
@@ -225,10 +250,13 @@ def _stopped_by_signals(loop: ControlLoop) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {
-        number: signal.signal(number, lambda *_: loop.stop())
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
+
+    def stop(*_: object) -> None:
+        if loop.stopping:
+            os._exit(1)  # asked twice: whatever does not end is left to the watchdog
+        loop.stop()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
@@ -236,9 +264,29 @@ def _stopped_by_signals(loop: ControlLoop) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _obey(loop: ControlLoop, lines: Iterator[str]) -> None:
-    for line in lines:
-        if text := line.strip():
-            loop.instruct(text)
-        else:
-            loop.halt("stopped by hand")
+def _obey(loop: ControlLoop, lines: TextIO) -> None:
+    """Until stdin ends, which stops the robot as well: whoever typed cannot any more."""
+    if isinstance(lines, TextIOWrapper):
+        lines.reconfigure(errors="replace")
+    try:
+        for line in lines:
+            text = line.strip()
+            if text.rstrip("!.").casefold() in _STOP_WORDS:
+                loop.halt("stopped by hand")
+            else:
+                loop.instruct(text)
+    finally:
+        loop.halt("nobody is at the keyboard any more")
+
+
+def _refuse_make_believe(plan: Plan, backend: str, commands: CommandConfig) -> None:
+    """A real robot does not move on what nobody sees or decides."""
+    camera = str(plan.robot.camera.__struct_config__.tag)
+    made_up = "backend fake" if backend == "fake" else f"camera {camera}" if camera in _DRAWN else ""
+    if made_up and isinstance(commands, DdsCommands | Ros2Commands):
+        raise ConfigError(
+            f"robot {plan.robot.name} would really move",
+            got=made_up,
+            expected="a camera that sees and a policy that decides",
+            hint="add --dry-run, or give the robot file commands of kind console or udp.",
+        )

@@ -87,13 +87,15 @@ class PlayedChunk:
 
 
 class TemporalEnsemble:
-    """The weighted mean of what all chunks say of now, weight exp(-decay * age in steps); as old as a played chunk would be.
+    """The weighted mean of what the first `steps` steps of all chunks say of now, weight exp(-decay * age in steps).
+
+    As old as a played chunk would be.
 
     Source: temporal ensembling of ACT (Zhao et al., 2023), but favouring newer chunks, since this policy's history is complete in each.
     """
 
     def __init__(self, period_s: float, steps: int, decay: float) -> None:
-        self._period_s, self._decay = period_s, decay
+        self._period_s, self._steps, self._decay = period_s, steps, decay
         self._chunks: deque[TimedChunk] = deque(maxlen=64)  # longer than any chunk that covers now
         self._played = PlayedChunk(period_s, steps)
 
@@ -105,13 +107,17 @@ class TemporalEnsemble:
         row, age_s = self._played.command(now_s)
         if row is None:
             return None, age_s
-        rows, weights = [], []
+        voices = []
         for chunk in self._chunks:
             index = _index(chunk, now_s, self._period_s)
-            if 0 <= index < len(chunk.values):
-                rows.append(chunk.values[index])
-                weights.append(math.exp(-self._decay * index))
-        return (np.average(rows, axis=0, weights=weights) if rows else row), age_s
+            if 0 <= index < min(self._steps, len(chunk.values)):
+                voices.append((index, chunk.values[index]))
+        if not voices:
+            return row, age_s
+        # Relative to the newest, so that no decay, however steep, leaves nothing.
+        newest = min(index for index, _ in voices)
+        weights = [math.exp(-self._decay * (index - newest)) for index, _ in voices]
+        return np.average([values for _, values in voices], axis=0, weights=weights), age_s
 
     def clear(self) -> None:
         self._chunks.clear()

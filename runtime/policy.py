@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from bundle.errors import BackendError, BundleError, FrameError, JetvlaError, NoEnginesError
+from bundle.errors import BackendError, BundleError, FrameError, JetvlaError, NoEnginesError, NotFiniteError
 from bundle.manifest import MANIFEST_NAME, Manifest
 from runtime import golden
 from runtime.actions import denormalize
@@ -220,8 +220,8 @@ class Policy:
         Raises:
             PromptError: no `reset` yet.
             FrameError: wrong dtype or shape, or a camera too many or too few.
-            BackendError: execution failed, or gave an action that is not finite; the state is unchanged and the step may be
-                tried again.
+            BackendError: execution failed; the state is unchanged and the step may be tried again.
+            NotFiniteError: it gave an action that is not finite; likewise.
         """
         start = time.perf_counter()
         preprocessing = self.manifest.preprocessing
@@ -239,7 +239,7 @@ class Policy:
             row[:] = resize(view, preprocessing, self.manifest.dimensions.image_size)
         chunk = self.step_resized(self._frames, start=start)
         if not (np.isfinite(chunk.normalized).all() and np.isfinite(chunk.values).all()):
-            raise BackendError(
+            raise NotFiniteError(
                 f"{self.backend} gave an action that is not finite",
                 got=f"{np.count_nonzero(~np.isfinite(chunk.normalized))} of {chunk.normalized.size} numbers",
                 expected="finite numbers",

@@ -19,6 +19,9 @@ ColourOrder = Literal["rgb", "bgr"]
 Strategy = Literal["receding_horizon", "chunk", "ensemble"]
 # Nothing here is infinite, and nothing of a robot is in the ten thousands.
 Positive = Annotated[float, msgspec.Meta(gt=0, le=1e4)]
+# Longer than a person takes to get out of the way is no safety.
+Soon = Annotated[float, msgspec.Meta(gt=0, le=5)]
+Speed = Annotated[float, msgspec.Meta(gt=0, le=10)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
 SCHEMA = 1
 
@@ -175,7 +178,7 @@ class Axis(_Strict, frozen=True, kw_only=True):
     policy_unit: str
     gain: Positive
     invert: bool
-    max_speed: Positive
+    max_speed: Speed
     max_acceleration: Positive
 
 
@@ -187,15 +190,17 @@ class Safety(_Strict, frozen=True, kw_only=True):
         stale_action_s: so does an action decided from a frame older than this (for a chunk: beyond the step that is played).
         stop_within_s: a stop reaches zero within this time from any speed.
         watchdog_s: the watchdog stops the robot when the loop has been silent for so long.
+        resume_within_s: a robot that was held for longer stays where it is until a new instruction or a new start.
         slow_factor: speed while degraded to `slow`.
         misses_to_hold, misses_to_slow, misses_to_stop: late decisions in a row that lead to each stage.
         hits_to_recover: punctual decisions in a row that lead back by one stage.
     """
 
-    stale_frame_s: Positive
-    stale_action_s: Positive
-    stop_within_s: Positive
-    watchdog_s: Positive
+    stale_frame_s: Soon
+    stale_action_s: Soon
+    stop_within_s: Soon
+    watchdog_s: Soon
+    resume_within_s: Positive = 10.0
     slow_factor: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.5
     misses_to_hold: Count = 1
     misses_to_slow: Count = 2
@@ -265,6 +270,7 @@ class SafetyLimits(_Strict, frozen=True, kw_only=True):
     stale_action_s: Positive | None = None
     stop_within_s: Positive | None = None
     watchdog_s: Positive | None = None
+    resume_within_s: Positive | None = None
     slow_factor: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
 
 

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import sys
+import termios
 import time
 import warnings
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class RunConfig:
         dry_run: everything but sending: no way to the robot is opened, nothing is recorded.
         confirm: show the plan, and wait for Enter before the first command.
         seconds: end after so long.
-        interactive: every line on stdin is a new instruction, an empty one stops.
+        interactive: every line on stdin is a new instruction; an empty one, or a word like stop, stops, and so does the end of stdin.
         no_record: leave the flight recorder off.
         live_view: port of a page on this machine that shows what the policy sees and does.
         server: URL of runtime/serve.py, which then runs the policy; BUNDLE is the same bundle on this machine.
@@ -109,7 +110,7 @@ def main() -> int:
         return 1
     if config.json:
         print(json.dumps(result))
-    return 1 if result.get("problems") else 0
+    return 1 if result.get("problems") or result.get("zero_sent") is False else 0
 
 
 class UsageError(ConfigError):
@@ -183,9 +184,11 @@ def _drive(config: RunConfig, console: Console) -> dict[str, object]:
         manifest, load_robot_file(path), None if config.limits is None else load_limits_file(config.limits)
     )
     listeners = listeners_of(config, plan, console)
-    notes = Notes(console, listeners)
+    notes = Notes(console)
 
     def show(policy: Decider) -> None:
+        limits = "none" if config.limits is None else config.limits
+        console.print(f"robot file {path}, limits file {limits}", markup=False, soft_wrap=True)
         for line in plan_lines(plan, dry_run=config.dry_run):
             console.print(line, markup=False, soft_wrap=True)
 
@@ -265,6 +268,8 @@ def _remote(config: RunConfig, plan: Plan, notes: Notes) -> Decider:
 
 
 def _ask(console: Console) -> None:
+    if sys.stdin.isatty():
+        termios.tcflush(sys.stdin, termios.TCIFLUSH)  # what was typed while the model was loading agreed to nothing
     console.print("Enter starts the robot, Ctrl-C does not: ", end="")
     if not sys.stdin.readline():
         raise UsageError(

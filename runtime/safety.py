@@ -142,7 +142,7 @@ def _follow(published: Vector, wanted: Vector, level: Level, limits: Limits, dt_
     if scale < 1:
         reasons.append("acceleration limit")
         target = tuple(p + scale * c for p, c in zip(published, change, strict=True))
-    if level == "hold":
+    if level != "drive":
         # What was decided goes on, but on the word of a late policy nothing gets faster.
         target = tuple(
             math.copysign(min(abs(t), abs(p)), t) if t * p > 0 else 0.0 for t, p in zip(target, published, strict=True)

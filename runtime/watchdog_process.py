@@ -5,8 +5,8 @@ Started by runtime/watchdog.py. Once it runs it loads nothing, keeps its memory,
 nothing about policies, limits or levels: all it can say is zero.
 
 Two connections to the loop: a page of shared memory (`Page`), in which both leave signs of life without waking each other, and a socket,
-one packet per message: setup and "q" (goodbye) to here; "r" + identity (ready) or "e" + error from here. The end of the socket means that
-the loop's process is gone.
+one packet per message: setup and "q" (goodbye) to here; from here "r" + identity (ready), "e" + error, or "k" (it stays: the robot has not
+been reached). The end of the socket means that the loop's process is gone.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import msgspec
 from bundle.errors import JetvlaError
 from runtime.commands.base import ZERO, CommandSink
 from runtime.commands.select import identity, open_sink
+from runtime.realtime import WATCHDOG_PRIORITY, take_priority
 from runtime.robot_file import CommandConfig
 
 MAX_PACKET = 65536
@@ -37,12 +38,14 @@ PAGE_BYTES = mmap.PAGESIZE
 ZERO_PERIOD_S = 0.05
 HOLD_S = 2.0  # zeros for so long after the loop is gone: its last commands may still be on their way
 LAST_ZEROS = 3  # at a goodbye; datagrams get lost
-GOODBYE_S = 1.0  # at most, to get the last zeros out
+GOODBYE_S = 1.0  # for the last zeros to get out; after that it stays without its parent
+UNREACHED_S = 60.0  # for a receiver that was there and does not confirm; longer than any robot coasts in a room
+LISTENERS_S = 0.5
 _MCL_CURRENT, _MCL_ONFAULT = 1, 4
 
 
 class Page:
-    """Three numbers that both processes see; each is one aligned store, so none is ever seen half-written.
+    """Four numbers that both processes see; each is one aligned store, so none is ever seen half-written.
 
     Stamps are time.monotonic(), which is one clock for all processes of a machine.
 
@@ -81,6 +84,15 @@ class Page:
     def tripped(self, value: bool) -> None:
         self._numbers[2] = float(value)
 
+    @property
+    def listeners(self) -> float:
+        """How many receivers the watchdog's own way to the robot has; -1 where it cannot tell."""
+        return self._numbers[3]
+
+    @listeners.setter
+    def listeners(self, count: float) -> None:
+        self._numbers[3] = count
+
     def close(self) -> None:
         """Let go of the memory."""
         self._numbers.release()
@@ -118,7 +130,7 @@ def main(arguments: list[str]) -> int:
         return 1
     guard = _Guard(link, page, sink, setup)
     _settle()
-    page.alive_s = time.monotonic()
+    page.alive_s, page.listeners = time.monotonic(), -1.0
     link.setblocking(False)
     link.send(b"r" + identity(sink).encode())
     guard.run()
@@ -140,16 +152,27 @@ class _Guard:
         self._goodbye = False
         self._gone = False
         self._failing = False
+        self._had_listeners, self._counted_s = False, -math.inf
 
     def run(self) -> None:
         """Until the loop has ended and the robot stands."""
         if self._watch():
             self._trip()
+        if not self._page.beat_s:
+            return  # never armed: the loop has sent nothing, and whoever else drives this robot is not to be braked
         if self._goodbye:
-            self._say_zero(LAST_ZEROS, GOODBYE_S)
+            if self._say_zero(LAST_ZEROS, GOODBYE_S) and self._is_confirmed(GOODBYE_S):
+                return
+            self._log.write("jetvla watchdog: the run is over, but the last zero has not reached the robot; trying on")
+            with suppress(OSError):
+                self._link.send(b"k", socket.MSG_NOSIGNAL)
         else:
             self._log.write("jetvla watchdog: the control loop is gone without a goodbye; stopping the robot")
-            self._say_zero(math.ceil(HOLD_S / ZERO_PERIOD_S), math.inf)
+        count = math.ceil(HOLD_S / ZERO_PERIOD_S)
+        give_up_s = time.monotonic() + UNREACHED_S
+        self._say_zero(count, math.inf)
+        while not self._is_confirmed(ZERO_PERIOD_S) and time.monotonic() < give_up_s:
+            self._say_zero(count, math.inf)
 
     def _watch(self) -> bool:
         """Until the loop falls silent (True), or says goodbye or is gone (False)."""
@@ -176,7 +199,12 @@ class _Guard:
 
     def _listen(self, wait_s: float) -> None:
         """Wait for the loop's process to say goodbye or to end; leave a sign of life."""
-        self._page.alive_s = time.monotonic()
+        now_s = self._page.alive_s = time.monotonic()
+        if now_s - self._counted_s > LISTENERS_S:
+            self._counted_s = now_s
+            count = self._sink.listeners()
+            self._had_listeners |= bool(count)
+            self._page.listeners = -1.0 if count is None else float(count)
         if self._poll.poll(math.ceil(wait_s * 1000)):
             try:
                 message = self._link.recv(MAX_PACKET)
@@ -187,13 +215,20 @@ class _Guard:
         elif os.getppid() != self._setup.parent:
             self._gone = True  # although a fork of it holds the other end open
 
-    def _say_zero(self, count: int, at_most_s: float) -> None:
-        """Send zero `count` times successfully, in `at_most_s` where sending fails."""
+    def _is_confirmed(self, wait_s: float) -> bool:
+        """Whoever listened has the last command, as far as this transport can tell."""
+        if self._had_listeners and self._sink.listeners() == 0:
+            return False  # whoever is gone may still be moving
+        confirm = getattr(self._sink, "confirm", None)
+        return confirm is None or bool(confirm(wait_s))
+
+    def _say_zero(self, count: int, at_most_s: float) -> bool:
+        """Send zero `count` times successfully; false where sending failed for `at_most_s`."""
         deadline = time.monotonic() + at_most_s
         while True:
             count -= self._zero()
             if count <= 0 or time.monotonic() > deadline:
-                return
+                return count <= 0
             time.sleep(ZERO_PERIOD_S)
 
     def _zero(self) -> bool:
@@ -226,10 +261,11 @@ class _Log:
 
 
 def _settle() -> None:
-    """Stay in memory, make no pauses. Locking memory needs a right that not everybody has; without it the rest still holds."""
+    """Stay in memory, make no pauses, come first. Some of it needs rights that not everybody has; without them the rest still holds."""
     gc.collect()
     gc.freeze()
     gc.disable()  # the loop makes no cycles
+    take_priority(WATCHDOG_PRIORITY)
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).mlockall(_MCL_CURRENT | _MCL_ONFAULT)
 

@@ -129,15 +129,22 @@ class DdsSink:
                 return [self._describe(other) for other in sorted(others)]
             time.sleep(_LOOK_S)
 
+    def confirm(self, wait_s: float) -> bool:
+        """Whether all receivers have the last command, as far as they confirm (`reliable`); waits up to `wait_s` for it."""
+        if self._closed or not self._config.reliable:
+            return True
+        try:
+            return bool(self._writer.wait_for_acks(int(wait_s * 1e9)))
+        # cyclonedds 11.0.1 raises AttributeError where it means to say that the time is over.
+        except (self._exception, AttributeError):
+            return False
+
     def close(self) -> None:
         """See CommandSink. Waits up to two seconds for receivers to have the last command: one here, one within cyclonedds."""
         if self._closed:
             return
+        self.confirm(_LAST_ACKS_S)
         self._closed = True
-        # cyclonedds 11.0.1 raises AttributeError where it means to say that the time is over.
-        with suppress(self._exception, AttributeError):
-            if self._config.reliable:
-                self._writer.wait_for_acks(_LAST_ACKS_S * 1_000_000_000)
         for name in ("_alive", "_writers", "_writer", "_participant"):
             delattr(self, name)  # cyclonedds deletes an entity with its last reference
 

@@ -6,6 +6,7 @@ Each kind is imported when it is asked for: a robot that takes datagrams needs n
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Collection
 
 from bundle.errors import CommandError
@@ -64,8 +65,17 @@ def robot_key(config: CommandConfig) -> str:
     if isinstance(config, ConsoleCommands):
         return ""
     if isinstance(config, UdpCommands):
-        return f"udp {config.host.lower()}:{config.port}"
+        return f"udp {_address_of(config.host)}:{config.port}"
     return f"topic {absolute_topic(config.topic)} domain {resolve_domain(config.domain)}"
+
+
+def _address_of(host: str) -> str:
+    """`localhost` and 127.0.0.1 are one robot; a name that has no address is refused when the sink is opened."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_DGRAM)
+    except (OSError, UnicodeError):
+        return host.lower()
+    return str(min(found, key=lambda entry: entry[0] != socket.AF_INET)[4][0])
 
 
 def resolve_domain(configured: int | None) -> int:

@@ -22,7 +22,15 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from bundle.errors import BundleError, ConfigError, FrameError, JetvlaError, PromptError, ServiceError
+from bundle.errors import (
+    BundleError,
+    ConfigError,
+    FrameError,
+    JetvlaError,
+    NotFiniteError,
+    PromptError,
+    ServiceError,
+)
 from bundle.manifest import Manifest
 from runtime.chain import no_prompt
 from runtime.events import Note
@@ -240,7 +248,9 @@ class RemotePolicy:
         if values.shape != shape or normalized.ndim != 2 or len(normalized) != shape[0]:
             raise self._senseless(f"values {list(values.shape)}, normalized {list(normalized.shape)}")
         if not (np.isfinite(values).all() and np.isfinite(normalized).all()):
-            raise self._senseless("numbers that are not finite")
+            raise NotFiniteError(
+                f"{self._http.url} answered an action that is not finite", hint="look at the service's own log."
+            )
         if (
             tuple(answer.action_names) != self.manifest.action.names
             or tuple(answer.units) != self.manifest.action.units
@@ -272,7 +282,12 @@ class RemotePolicy:
         refusal = _error(body)
         if refusal is None:
             return self._senseless(f"status {status}, {body[:60]!r}")
-        kind = {"PromptError": PromptError, "FrameError": FrameError}.get(refusal.error)
+        kinds: dict[str, type[JetvlaError]] = {
+            "PromptError": PromptError,
+            "FrameError": FrameError,
+            "NotFiniteError": NotFiniteError,
+        }
+        kind = kinds.get(refusal.error)
         what, facts = refusal.what, {"got": refusal.got, "expected": refusal.expected}
         if kind is not None:
             return kind(what, **facts, hint=refusal.hint)

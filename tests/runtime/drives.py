@@ -19,11 +19,9 @@ from runtime.cameras.simulated import FAULT_FILE_VARIABLE
 from runtime.commands.fake_plant import FakePlant
 from runtime.robot_file import Loop, Recorder, RobotFile, UdpCommands
 from tests.bundles import GO_LEFT
-from tests.robots import AXES, robot_file, save_robot
+from tests.robots import EAGER, robot_file, save_robot
 
 ROOT = Path(__file__).resolve().parents[2]
-# A tiny policy says what it says, mostly little: with such gains it drives.
-EAGER = {name: msgspec.structs.replace(axis, gain=100.0) for name, axis in AXES.items()}
 
 
 @dataclass

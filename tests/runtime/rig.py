@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,12 +24,14 @@ from runtime.commands.base import CommandSink, Twist
 from runtime.commands.fake_plant import FakePlant
 from runtime.commands.select import open_sink
 from runtime.control_loop import ControlLoop
+from runtime.decisions import Decider
 from runtime.drive import Plan, make_plan
 from runtime.events import Decision, Event, Note, Published, RunInfo
 from runtime.policy import ActionChunk
 from runtime.robot_file import RobotFile, UdpCommands
 from runtime.robot_file import SimulatedCamera as SimulatedConfig
 from runtime.watchdog import Watchdog
+from tests.bundles import GO_LEFT
 from tests.robots import robot_file
 
 # What a loaded machine may add to a bound that is stated for one that is not.
@@ -96,6 +99,8 @@ class Rig:
         robot: by default tests.robots' with this rig's plant.
         sink: wraps or replaces the way to the robot.
         guarded: with a watchdog.
+        policy: instead of the obedient one.
+        rivals: see ControlLoop.
     """
 
     def __init__(
@@ -106,8 +111,13 @@ class Rig:
         sink: Callable[[CommandSink], CommandSink] = lambda sink: sink,
         clock: Callable[[], float] = time.monotonic,
         guarded: bool = True,
+        policy: Decider | None = None,
+        rivals: Callable[[], Sequence[str]] = tuple,
     ) -> None:
+        self._rivals = rivals
         self.policy = ObedientPolicy(manifest)
+        self._decider = policy or self.policy
+        self.instruction = "go" if policy is None else GO_LEFT
         self.heard = Heard()
         self._given, self._wrap, self._clock, self._guarded = robot, sink, clock, guarded
         self._stack = ExitStack()
@@ -118,7 +128,7 @@ class Rig:
         with ExitStack() as stack:
             self.plant = stack.enter_context(FakePlant())
             commands = UdpCommands(host="127.0.0.1", port=self.plant.port)
-            self.robot = self._given or robot_file(commands=commands)
+            self.robot = msgspec.structs.replace(self._given or robot_file(), commands=commands)
             self.plan: Plan = make_plan(self.policy.manifest, self.robot, None)
             assert isinstance(self.robot.camera, SimulatedConfig)
             self.camera = SimulatedCamera(self.robot.camera)
@@ -134,7 +144,7 @@ class Rig:
             sink = self._wrap(open_sink(commands))
             stack.callback(sink.close)
             self.loop = ControlLoop(
-                self.policy,
+                self._decider,
                 self.grabber,
                 sink,
                 self.watchdog,
@@ -143,6 +153,7 @@ class Rig:
                 self.robot.loop,
                 self.plan.pace,
                 [self.heard],
+                rivals=self._rivals,
                 clock=self._clock,
             )
             self._thread = threading.Thread(target=self._run, daemon=True)
@@ -158,6 +169,9 @@ class Rig:
 
     def until_moving(self) -> None:
         """Wait until the robot has reached what is wanted."""
+        if self._decider is not self.policy:
+            self.until(lambda: not self.plant.velocity.is_zero)
+            return
         wanted = min(abs(float(self.plan.axes(self.policy.row)[0])), self.plan.limits.max_speed[0])
         self.until(lambda: abs(self.plant.velocity.linear_x) > 0.95 * wanted)
 
@@ -188,7 +202,7 @@ class Rig:
             return vars(self.grabber.statistics)
 
         try:
-            self._summary = self.loop.run("go", camera=camera)
+            self._summary = self.loop.run(self.instruction, camera=camera)
         except BaseException as error:
             self._error = error
 

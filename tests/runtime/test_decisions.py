@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from bundle.errors import PromptError, ServiceError
+from bundle.errors import BackendError, NotFiniteError, PromptError, ServiceError
 from bundle.manifest import Manifest
 from runtime.cameras.base import Frame
 from runtime.decisions import DecisionThread
@@ -27,6 +27,10 @@ class Frames:
     def __init__(self) -> None:
         self.newest: Frame | None = None
         self.steady = False
+
+    @property
+    def ended(self) -> bool:
+        return False
 
     def latest(self) -> Frame | None:
         return self.newest
@@ -53,6 +57,7 @@ class Run:
         self.policy, self.frames = ObedientPolicy(manifest), Frames()
         self.decisions: list[tuple[Decision, int]] = []
         self.notes: list[Note] = []
+        self.distrusted: list[bool] = []
         self.thread = DecisionThread(
             self.policy,
             self.frames,
@@ -60,6 +65,7 @@ class Run:
             deadline_s=PERIOD,
             accept=lambda decision, generation: self.decisions.append((decision, generation)),
             note=self.notes.append,
+            distrust=lambda: self.distrusted.append(True),
             clock=time.monotonic,
         )
 
@@ -79,7 +85,8 @@ def manifest(tiny_bundle) -> Manifest:
 def running(manifest: Manifest, *, steady: bool = True) -> Iterator[Run]:
     run = Run(manifest)
     run.frames.steady = steady
-    run.thread.start("go")
+    run.thread.instruct("go")
+    run.thread.start()
     try:
         yield run
     finally:
@@ -127,6 +134,58 @@ def test_after_a_gap_longer_than_the_window_the_history_is_forgotten(manifest: M
             run.until(number)
     assert run.policy.told == ["go", "go"]  # at the start, and before the third frame
     assert [note.kind for note in run.notes] == ["history"]
+
+
+def test_what_failed_is_in_no_history(manifest: Manifest) -> None:
+    """Frames that were tried and not decided on do not bridge a gap."""
+
+    def fail() -> None:
+        raise BackendError("no", hint="this is a test.")
+
+    window_s = manifest.dimensions.window * PERIOD
+    with running(manifest, steady=False) as run:
+        begin = time.monotonic()
+        run.frames.put(begin)
+        run.until(1)
+        run.policy.before = fail
+        for step in range(1, 5):
+            run.frames.put(begin + 0.5 * step * window_s)
+            deadline = time.monotonic() + 30
+            while run.policy.steps < 1 + step:
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+        run.policy.before = lambda: None
+        run.frames.put(begin + 2.5 * window_s)
+        run.until(2)
+    # Once for each frame that was too far from the last one that the history had.
+    assert run.policy.told.count("go") >= 2
+
+
+def test_what_is_not_finite_is_reported_at_once(manifest: Manifest) -> None:
+    def fail() -> None:
+        raise NotFiniteError("NaN", hint="this is a test.")
+
+    with running(manifest) as run:
+        run.until(1)
+        assert run.distrusted == []
+        run.policy.before = fail
+        deadline = time.monotonic() + 30
+        while not run.distrusted:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+
+def test_whatever_ends_the_thread_is_known(manifest: Manifest) -> None:
+    def leave() -> None:
+        raise SystemExit
+
+    with running(manifest) as run:
+        run.policy.before = leave
+        deadline = time.monotonic() + 30
+        while run.thread.fault is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        assert isinstance(run.thread.fault, SystemExit)
 
 
 def test_time_that_runs_backwards_is_a_gap_too(manifest: Manifest) -> None:

@@ -146,7 +146,7 @@ def test_two_controllers(bundle: Path, tmp_path: Path) -> None:
         "[axes.linear_x]\nmax_speed = 5.0",
         "[axes.linear_x]\nmax_speed = nan",
         "[axes.angular_z]\nmax_speed = 0.1",
-        "[safety]\nwatchdog_s = 9.0",
+        "[safety]\nwatchdog_s = 4.0",
     ],
 )
 def test_limits_that_are_none(bundle: Path, tmp_path: Path, text: str) -> None:

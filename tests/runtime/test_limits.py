@@ -89,9 +89,9 @@ def test_local_limits_only_ever_tighten(speed: float, acceleration: float, stale
 
 def test_everything_that_loosens_is_named_at_once() -> None:
     local = LimitsFile(
-        schema=1, axes={"linear_y": AxisLimits(max_speed=9)}, safety=SafetyLimits(watchdog_s=9, slow_factor=0.9)
+        schema=1, axes={"linear_y": AxisLimits(max_speed=9)}, safety=SafetyLimits(watchdog_s=4, slow_factor=0.9)
     )
-    with pytest.raises(LimitsError, match=r"linear_y.max_speed = 9.*watchdog_s = 9.*slow_factor = 0.9"):
+    with pytest.raises(LimitsError, match=r"linear_y.max_speed = 9.*watchdog_s = 4.*slow_factor = 0.9"):
         limits_of(robot_file(), ACTION, local)
 
 

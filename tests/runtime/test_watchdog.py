@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,11 +16,13 @@ from pathlib import Path
 import pytest
 
 from bundle.errors import CommandError, WatchdogError
+from runtime import watchdog as watchdog_module
 from runtime.commands.base import Twist
 from runtime.commands.fake_plant import FakePlant
 from runtime.commands.udp import UdpSink
 from runtime.robot_file import ConsoleCommands, DdsCommands, UdpCommands
 from runtime.watchdog import Watchdog
+from runtime.watchdog_process import PAGE_BYTES, Page, Setup, _Guard
 
 TIMEOUT_S = 0.6  # where the loop is meant to miss it
 LONG_S = 30.0  # where it is not, however slow the machine
@@ -307,6 +311,11 @@ def test_a_watchdog_that_was_held_up_does_not_blame_the_loop(plant: FakePlant) -
             watchdog.beat()
             time.sleep(0.02)
         os.kill(watchdog.pid, signal.SIGCONT)
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() - watchdog._page.alive_s > 0.5:
+            assert time.monotonic() < deadline
+            watchdog.beat()
+            time.sleep(0.02)
         drive(plant, watchdog)
         assert not plant.velocity.is_zero
 
@@ -352,7 +361,19 @@ def test_a_missing_library_is_an_error_that_names_it(tmp_path: Path, monkeypatch
     assert "jetvla[dds]" in caught.value.hint
 
 
-def test_a_process_that_dies_at_its_start_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("already_dead", [False, True])
+def test_a_process_that_dies_at_its_start_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, already_dead: bool
+) -> None:
+    if already_dead:  # before it is told anything
+
+        def spawn(*arguments: int) -> subprocess.Popen[bytes]:
+            process = _spawn(*arguments)
+            process.wait()
+            return process
+
+        _spawn = watchdog_module._spawn
+        monkeypatch.setattr(watchdog_module, "_spawn", spawn)
     (tmp_path / "sitecustomize.py").write_text("import os; os._exit(7)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(WatchdogError, match="the watchdog did not start") as caught:
@@ -410,3 +431,102 @@ def test_it_says_on_stderr_what_it_did(plant: FakePlant, capfd: pytest.CaptureFi
         assert plant.wait_for(lambda twist: twist.is_zero, PATIENCE_S)
         assert plant.wait_for_commands(2, PATIENCE_S)
     assert "jetvla watchdog: no sign of life for 0.1 s; stopping the robot" in capfd.readouterr().err
+
+
+class Unreachable:
+    """A way to a robot on which nothing gets out until it is mended."""
+
+    def __init__(self) -> None:
+        self.broken, self.listening, self.confirms = True, 1, True
+        self.sent: list[Twist] = []
+
+    def send(self, twist: Twist) -> None:
+        if self.broken:
+            raise CommandError("Network is unreachable", hint="this is a test.")
+        self.sent.append(twist)
+
+    def listeners(self) -> int | None:
+        return self.listening
+
+    def confirm(self, wait_s: float) -> bool:
+        return self.confirms
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+@pytest.fixture
+def guarded() -> Iterator[tuple[Unreachable, Page, socket.socket, threading.Thread]]:
+    """The process's part, on a thread, armed; with the loop's end of the connection."""
+    link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs.setblocking(False)
+    memory = os.memfd_create("test")
+    os.truncate(memory, PAGE_BYTES)
+    page, sink = Page(memory), Unreachable()
+    os.close(memory)
+    setup = Setup(commands=ConsoleCommands(), timeout_s=LONG_S, parent=os.getppid())
+    thread = threading.Thread(target=_Guard(theirs, page, sink, setup).run, daemon=True)
+    page.beat_s = time.monotonic()
+    thread.start()
+    time.sleep(0.2)  # it has looked at its listeners
+    yield sink, page, link, thread
+    sink.broken, sink.listening, sink.confirms = False, 1, True
+    link.close()
+    thread.join(PATIENCE_S)
+    theirs.close()
+    page.close()
+
+
+@pytest.mark.parametrize(
+    ("fault", "mended"),
+    [
+        ({"broken": True}, {"broken": False}),
+        ({"listening": 0}, {"listening": 1}),
+        ({"confirms": False}, {"confirms": True}),
+    ],
+)
+def test_an_end_that_does_not_reach_the_robot_is_not_the_end(guarded, fault, mended) -> None:
+    sink, _, link, thread = guarded
+    sink.broken = False
+    vars(sink).update(fault)
+    link.send(b"q")
+    link.settimeout(PATIENCE_S)
+    assert link.recv(8) == b"k"  # it stays
+    time.sleep(0.3)
+    assert thread.is_alive()
+    before = len(sink.sent)
+    vars(sink).update(mended)
+    thread.join(PATIENCE_S)
+    assert not thread.is_alive()
+    assert len(sink.sent) - before >= 3
+    assert all(twist.is_zero for twist in sink.sent)
+
+
+def test_a_parent_lets_it_stay(plant: FakePlant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is neither killed nor waited for."""
+    stays = tmp_path / "stays.py"
+    stays.write_text(
+        "import socket, sys, time\n"
+        "link = socket.socket(fileno=int(sys.argv[1]))\n"
+        "link.recv(65536); link.send(b'r'); link.recv(8); link.send(b'k')\n"
+        "time.sleep(1.0)\n"
+        f"open({str(tmp_path / 'done')!r}, 'w').close()\n"
+    )
+    real = subprocess.Popen
+    monkeypatch.setattr(
+        watchdog_module.subprocess, "Popen", lambda words, **more: real([words[0], str(stays), *words[2:]], **more)
+    )
+    guard = Watchdog.start(commands(plant), LONG_S)
+    begin = time.monotonic()
+    guard.close()
+    assert time.monotonic() - begin < 1.0 or (tmp_path / "done").exists()
+    deadline = time.monotonic() + PATIENCE_S
+    while not (tmp_path / "done").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_one_that_was_never_armed_says_nothing(plant: FakePlant) -> None:
+    """Whoever drives this robot, it was not us."""
+    Watchdog.start(commands(plant), LONG_S).close()
+    assert plant.log == []
