@@ -236,7 +236,7 @@ class ControlLoop:
         for reason in verdict.reasons:
             self._held_back_s[reason] += max(dt_s, 0.0)
         wishes: dict[str, float] = {}
-        if wanted is not None:
+        if wanted is not None and all(map(math.isfinite, wanted)):
             moved = zip(TWIST_FIELDS, wanted, self._limits.max_speed, strict=True)
             wishes = {name: value for name, value, most in moved if most > 0}
         self.tell(Published(now_s, verdict.twist, wishes, verdict.level, verdict.reasons, frame_age_s, action_age_s))

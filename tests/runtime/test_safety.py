@@ -201,6 +201,16 @@ def test_levels_rise_with_misses_and_fall_one_at_a_time(events: list[tuple[int, 
         assert after >= before if misses else after >= before - 1
 
 
+@given(vectors, st.sampled_from([SAFETY.misses_to_hold, SAFETY.misses_to_slow, SAFETY.misses_to_stop]))
+def test_on_the_word_of_a_late_policy_nothing_gets_faster(wanted: tuple[float, ...], misses: int) -> None:
+    for before in (State(), driving(), driving(replace(FRESH, wanted=(0.1, -0.2, 0.0, 0.0, 0.0, 0.5)))):
+        after = run(before, Request(wanted, 0.0, 0.0, misses=misses), *[Request(wanted, 0.0, 0.0)] * 10)
+        assert after.level != "drive"
+        for old, new in zip(before.published, after.published, strict=True):
+            assert abs(new) <= abs(old) + 1e-12
+            assert new * old >= 0
+
+
 def test_an_axis_that_the_policy_does_not_drive_stays_zero() -> None:
     state = run(State(), *[replace(FRESH, wanted=(0.1, 0.0, 5.0, 0.0, 0.0, 0.0))] * 20)
     assert state.published == (0.1, 0.0, 0.0, 0.0, 0.0, 0.0)

@@ -1,0 +1,98 @@
+"""What a run refuses before anything moves, and what it obeys while it drives."""
+
+from __future__ import annotations
+
+import io
+import signal
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from bundle.errors import ConfigError
+from bundle.manifest import Manifest
+from runtime.drive import _obey, _refuse_make_believe, make_plan
+from runtime.robot_file import (
+    CommandConfig,
+    ConsoleCommands,
+    DdsCommands,
+    Loop,
+    Ros2Commands,
+    SimulatedCamera,
+    UdpCommands,
+    V4l2Camera,
+)
+from tests.bundles import Tiny
+from tests.robots import robot_file
+from tests.runtime.drives import driving
+
+REAL = V4l2Camera(colour_order="bgr", device="/dev/video0")
+
+
+class Orders:
+    """A loop that only remembers."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[str, str]] = []
+
+    def instruct(self, text: str) -> None:
+        self.said.append(("do", text))
+
+    def halt(self, reason: str) -> None:
+        self.said.append(("halt", reason))
+
+
+@pytest.mark.parametrize("word", ["", "  ", "stop", "STOP!", "Halt.", "q", "정지", "멈춰!"])
+def test_whatever_sounds_like_stop_stops(word: str) -> None:
+    orders = Orders()
+    _obey(orders, io.StringIO(f"go left\n{word}\n"))  # type: ignore[arg-type]
+    assert orders.said[:2] == [("do", "go left"), ("halt", "stopped by hand")]
+
+
+def test_the_end_of_the_keyboard_stops() -> None:
+    orders = Orders()
+    _obey(orders, io.StringIO("go left\n"))  # type: ignore[arg-type]
+    assert orders.said == [("do", "go left"), ("halt", "nobody is at the keyboard any more")]
+
+
+def test_letters_that_are_none_do_not_make_it_deaf() -> None:
+    orders = Orders()
+    _obey(orders, io.TextIOWrapper(io.BytesIO(b"gr\xfcn\n\n"), encoding="utf-8"))  # type: ignore[arg-type]
+    assert [kind for kind, _ in orders.said] == ["do", "halt", "halt"]
+
+
+@pytest.mark.parametrize("commands", [DdsCommands(), Ros2Commands()])
+def test_a_real_robot_does_not_drive_on_make_believe(tiny_bundle, commands: CommandConfig) -> None:
+    manifest = Manifest.load(tiny_bundle(Tiny()))
+    drawn = make_plan(manifest, robot_file(commands=commands), None)
+    seen = make_plan(manifest, robot_file(REAL, commands), None)
+    with pytest.raises(ConfigError, match="camera simulated"):
+        _refuse_make_believe(drawn, "ort:cpu", commands)
+    with pytest.raises(ConfigError, match="backend fake"):
+        _refuse_make_believe(seen, "fake", commands)
+    _refuse_make_believe(seen, "ort:cpu", commands)
+    for harmless in (ConsoleCommands(), UdpCommands(host="127.0.0.1", port=9)):
+        _refuse_make_believe(drawn, "fake", harmless)
+
+
+def test_a_policy_without_a_cadence_needs_one_stated(tiny_bundle) -> None:
+    manifest = Manifest.load(tiny_bundle(Tiny()))
+    with pytest.raises(ConfigError, match=r"decide_hz"):
+        make_plan(manifest, robot_file(loop=Loop()), None)
+    trained = msgspec.structs.replace(manifest, fps=6.0)
+    assert make_plan(trained, robot_file(loop=Loop()), None).pace.decide_hz == 6.0
+    assert make_plan(trained, robot_file(), None).pace.decide_hz == 10.0
+
+
+def test_a_second_camera_is_refused(tiny_bundle) -> None:
+    manifest = Manifest.load(tiny_bundle(Tiny(cameras=("static", "hand"))))
+    with pytest.raises(ConfigError, match="more cameras"):
+        make_plan(manifest, robot_file(SimulatedCamera(colour_order="rgb")), None)
+
+
+def test_the_end_of_stdin_halts_a_run(tiny_bundle, tmp_path: Path) -> None:
+    with driving(tiny_bundle(Tiny()), tmp_path, "--interactive") as drive:
+        assert drive.process.stdin is not None
+        assert drive.stands_after(drive.process.stdin.close) < 10
+        drive.signal(signal.SIGTERM)
+        assert drive.end() == 0
