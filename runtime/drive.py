@@ -13,14 +13,14 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from io import TextIOWrapper
 from typing import TextIO
 
 import msgspec
 
-from bundle.errors import CameraError, ConfigError, RobotLockedError
+from bundle.errors import CameraError, CommandError, ConfigError, RobotLockedError
 from bundle.manifest import Manifest
 from runtime.cadence import Summary
 from runtime.cameras.base import Frame
@@ -169,7 +169,7 @@ def drive(
                 plan.robot.loop,
                 plan.pace,
                 (*listeners, notes),
-                rivals=lambda: () if guard is None else competitors(sink, exclude=(guard.identity,), wait_s=0.0),
+                rivals=lambda: _rivals(sink, guard),
             )
             stack.callback(loop.close)
             stack.enter_context(_stopped_by_signals(loop))
@@ -208,6 +208,15 @@ def _way_to_robot(plan: Plan, commands: CommandConfig, stack: ExitStack) -> tupl
             hint="stop the other one (ros2 topic info -v /cmd_vel shows who it is).",
         )
     return sink, guard
+
+
+def _rivals(sink: CommandSink, guard: Watchdog | None) -> tuple[str, ...]:
+    """Who else sends commands now; nobody where it cannot be told, which is no reason to stop."""
+    if guard is None:
+        return ()
+    with suppress(CommandError):
+        return competitors(sink, exclude=(guard.identity,), wait_s=0.0)
+    return ()
 
 
 def _first_frame(grabber: FrameGrabber) -> Frame:
