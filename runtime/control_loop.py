@@ -134,11 +134,6 @@ class ControlLoop:
         """End the run within a round. From any thread, and from signal handlers: those interrupt this very loop, so no lock is taken."""
         self._stopping = True
 
-    @property
-    def stopping(self) -> bool:
-        """`stop` was called."""
-        return self._stopping
-
     def tell(self, event: Event) -> None:
         """Pass an event on to all listeners. From any thread."""
         for listener in self._listeners:

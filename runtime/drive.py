@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import TextIO
 
 import msgspec
 
-from bundle.errors import CameraError, CommandError, ConfigError, RobotLockedError
+from bundle.errors import CameraError, CommandError, ConfigError, RobotLockedError, ServiceError
 from bundle.manifest import Manifest
 from runtime.cadence import Summary
 from runtime.cameras.base import Frame
@@ -48,8 +49,14 @@ from runtime.watchdog import Watchdog
 # Cameras with an exposure to settle take a second or two; so does a service that has to be discovered.
 _FIRST_FRAME_S = 15.0
 _DRAWN = ("simulated", "episode", "video")
-# What a frightened person types must not become an instruction.
-_STOP_WORDS = frozenset({"", "stop", "halt", "s", "q", "quit", "exit", "no", "정지", "멈춰", "그만"})
+# What a frightened person types must not become an instruction: a line with one of the first, or of one of the second alone, stops.
+_STOP_WORDS = frozenset(
+    ("stop", "stopp", "stopping", "halt", "estop", "e-stop", "freeze", "wait", "don't", "dont", "abort", "cancel")
+    + ("정지", "정지해", "멈춰", "멈춰요", "멈춰라", "멈추세요", "그만", "스톱")
+)
+_STOP_LINES = frozenset(("", "s", "q", "no", "quit", "exit"))
+# Some senders of signals send two at once.
+_AGAIN_S = 0.5
 # The interpreter's own choice is 5 ms for which one thread may keep all others waiting: half of what jitter is allowed.
 _SWITCH_S = 0.0001
 
@@ -62,7 +69,7 @@ class DriveOptions:
         instruction: what to do.
         dry_run: decide, and send nothing to the robot.
         confirm: wait for Enter before the first command.
-        interactive: every line on stdin is a new instruction; an empty one, or a word like stop, stops, and so does the end of stdin.
+        interactive: every line on stdin is a new instruction; an empty one, or one with a word like stop, stops; its end ends the run.
         seconds: end after so long; infinite runs until stopped.
     """
 
@@ -232,8 +239,17 @@ def _first_frame(grabber: FrameGrabber) -> Frame:
 
 def _warm_up(policy: Decider, frame: Frame, instruction: str) -> None:
     """The first step allocates and compiles; it is not one to drive by. An instruction that is refused is refused here."""
-    policy.reset(instruction)
-    policy.step(frame.pixels)
+    end_s = time.monotonic() + _FIRST_FRAME_S
+    while True:
+        try:
+            policy.reset(instruction)
+            policy.step(frame.pixels)
+        except ServiceError:  # a service warms up too, and its deadline is that of a step that is warm
+            if time.monotonic() > end_s:
+                raise
+            time.sleep(0.2)
+        else:
+            return
 
 
 def _info(plan: Plan, policy: Decider, bundle: str) -> RunInfo:
@@ -260,9 +276,13 @@ def _stopped_by_signals(loop: ControlLoop) -> Iterator[None]:
         yield
         return
 
+    asked_s = math.inf
+
     def stop(*_: object) -> None:
-        if loop.stopping:
-            os._exit(1)  # asked twice: whatever does not end is left to the watchdog
+        nonlocal asked_s
+        if time.monotonic() - asked_s > _AGAIN_S:
+            os._exit(1)  # asked again: whatever does not end is left to the watchdog
+        asked_s = min(asked_s, time.monotonic())
         loop.stop()
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
@@ -274,18 +294,19 @@ def _stopped_by_signals(loop: ControlLoop) -> Iterator[None]:
 
 
 def _obey(loop: ControlLoop, lines: TextIO) -> None:
-    """Until stdin ends, which stops the robot as well: whoever typed cannot any more."""
+    """Until stdin ends, which ends the run: whoever typed cannot any more."""
     if isinstance(lines, TextIOWrapper):
         lines.reconfigure(errors="replace")
     try:
         for line in lines:
-            text = line.strip()
-            if text.rstrip("!.").casefold() in _STOP_WORDS:
+            words = {word.strip("!.,?").casefold() for word in line.split()}
+            if words & _STOP_WORDS or " ".join(words) in _STOP_LINES:
                 loop.halt("stopped by hand")
             else:
-                loop.instruct(text)
+                loop.instruct(line.strip())
     finally:
-        loop.halt("nobody is at the keyboard any more")
+        loop.halt("nobody is at the keyboard any more: the run ends")
+        loop.stop()
 
 
 def _refuse_make_believe(plan: Plan, backend: str, commands: CommandConfig) -> None:

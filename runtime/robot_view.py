@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.table import Table
 
 from runtime.cadence import Summary
 from runtime.commands.base import TWIST_FIELDS
+from runtime.commands.select import resolve_domain
 from runtime.drive import Plan
 
 _DIRECTIONS = {
@@ -42,12 +43,28 @@ def plan_lines(plan: Plan, *, dry_run: bool) -> list[str]:
         f"stops within {safety.stop_within_s:g} s when a frame is older than {safety.stale_frame_s:g} s or an action older than "
         f"{safety.stale_action_s:g} s; the watchdog after {safety.watchdog_s:g} s of silence"
     )
+    lines += _warnings(plan)
     fps = plan.manifest.fps
     if fps is not None and abs(pace.decide_hz / fps - 1) > 0.1:
         lines.append(
             f"warning: trained at {fps:g} frames a second, deciding at {pace.decide_hz:g}: the history means something else"
         )
     return lines
+
+
+def _warnings(plan: Plan) -> Iterator[str]:
+    """Of numbers that may be meant, and mostly are not."""
+    for name in plan.manifest.action.names:
+        axis = plan.robot.axes[name]
+        index = TWIST_FIELDS.index(axis.field)
+        unit = "m/s" if axis.field.startswith("linear") else "rad/s"
+        speed, acceleration = plan.limits.max_speed[index], plan.limits.max_acceleration[index]
+        if speed > (1.0 if unit == "m/s" else 2.0):
+            yield f"warning: {name} may reach {speed:.3g} {unit}, faster than a person walks around a robot"
+        if acceleration > 3.0:
+            yield f"warning: {name} may change by {acceleration:.3g} {unit} in a second, which tips loads"
+        if axis.gain > 4 * speed:
+            yield f"warning: {name} is limited to {speed:.3g} of {axis.gain:.3g} {unit}: nearly all commands will look alike"
 
 
 def summary_table(summary: Summary) -> Table:
@@ -91,4 +108,6 @@ def _camera(counts: Mapping[str, Any]) -> str:
 def _where(plan: Plan) -> str:
     commands = plan.robot.commands
     topic = getattr(commands, "topic", None)
-    return topic if topic is not None else f"{getattr(commands, 'host', '')}:{getattr(commands, 'port', '')}".strip(":")
+    if topic is not None:
+        return f"{topic} in domain {resolve_domain(getattr(commands, 'domain', None))}"
+    return f"{getattr(commands, 'host', '')}:{getattr(commands, 'port', '')}".strip(":")

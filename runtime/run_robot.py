@@ -32,6 +32,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from bundle.atomic import make_folder
 from bundle.errors import ConfigError, JetvlaError, ServiceError
 from bundle.manifest import Manifest
 from runtime.backends.select import PrecisionChoice, faster_in_int8
@@ -56,8 +57,8 @@ class RunConfig:
         dry_run: everything but sending: no way to the robot is opened, nothing is recorded.
         confirm: show the plan, and wait for Enter before the first command.
         seconds: end after so long.
-        interactive: every line on stdin is a new instruction; an empty one, or a word like stop, stops, and so does the end of stdin.
-        no_record: leave the flight recorder off.
+        interactive: a line on stdin is a new instruction; an empty one, or one with a word like stop, stops; its end ends the run.
+        record: with the flight recorder, where the robot file has one.
         live_view: port of a page on this machine that shows what the policy sees and does.
         server: URL of runtime/serve.py, which then runs the policy; BUNDLE is the same bundle on this machine.
         server_key_file: its API key; by default $JETVLA_API_KEY.
@@ -80,7 +81,7 @@ class RunConfig:
     confirm: bool = False
     seconds: float = math.inf
     interactive: bool = False
-    no_record: bool = False
+    record: bool = True
     live_view: int | None = None
     server: str | None = None
     server_key_file: Path | None = None
@@ -124,6 +125,13 @@ def run(config: RunConfig, console: Console) -> dict[str, object]:
         UsageError: it says nothing to do, or too much.
         JetvlaError: see Policy.load, runtime.replay.replay and runtime.drive.drive.
     """
+    if not config.seconds > 0:
+        raise UsageError(
+            "--seconds is no time",
+            got=config.seconds,
+            expected="more than 0",
+            hint="leave it out to drive until Ctrl-C.",
+        )
     modes = {"--check": config.check, "--doctor": config.doctor, "--replay": config.replay is not None}
     chosen = [name for name, wanted in modes.items() if wanted]
     if len(chosen) > 1:
@@ -189,8 +197,12 @@ def _drive(config: RunConfig, console: Console) -> dict[str, object]:
     def show(policy: Decider) -> None:
         limits = "none" if config.limits is None else config.limits
         console.print(f"robot file {path}, limits file {limits}", markup=False, soft_wrap=True)
+        if config.server is not None:
+            console.print(f"policy at {config.server}, {config.bundle}", markup=False, soft_wrap=True)
         for line in plan_lines(plan, dry_run=config.dry_run):
             console.print(line, markup=False, soft_wrap=True)
+        if config.interactive:
+            console.print("a line is a new instruction; Enter alone, or stop, stops", markup=False, soft_wrap=True)
 
     options = DriveOptions(config.instruction, config.dry_run, config.confirm, config.interactive, config.seconds)
     result: dict[str, object] = {"bundle": str(config.bundle), "robot": plan.robot.name}
@@ -235,11 +247,22 @@ def listeners_of(config: RunConfig, plan: Plan, console: Console) -> list[Listen
     """Who is told what happens: flight recorder and live view, as far as wanted."""
     listeners: list[Listener] = []
     # Each needs libraries that a robot without it does not.
-    if plan.robot.recorder is not None and not config.no_record and not config.dry_run:
+    if plan.robot.recorder is not None and config.record and not config.dry_run:
         from runtime.recorder.flight_recorder import FlightRecorder
 
+        folder = Path(plan.robot.recorder.folder).expanduser()
+        make_folder(
+            folder
+        )  # a wrong path is found here; a disk that fills up later stops the recording and not the robot
+        if not os.access(folder, os.W_OK):
+            raise ConfigError(
+                f"cannot record into {folder}",
+                got="no right to write there",
+                hint="give it to this user, or pass --no-record.",
+            )
+
         def report(text: str) -> None:
-            console.print(f"recorder: {text}", markup=False, soft_wrap=True)
+            console.print(text, markup=False, soft_wrap=True)
 
         listeners.append(FlightRecorder(plan.robot.recorder, on_problem=report))
     if config.live_view is not None:
@@ -270,8 +293,9 @@ def _remote(config: RunConfig, plan: Plan, notes: Notes) -> Decider:
 def _ask(console: Console) -> None:
     if sys.stdin.isatty():
         termios.tcflush(sys.stdin, termios.TCIFLUSH)  # what was typed while the model was loading agreed to nothing
-    console.print("Enter starts the robot, Ctrl-C does not: ", end="")
+    console.print("Press Enter to start the robot, Ctrl-C to leave: ", end="")
     if not sys.stdin.readline():
+        console.print()
         raise UsageError(
             "nobody confirmed",
             got="end of input",

@@ -11,6 +11,7 @@ import pytest
 
 from bundle.errors import ConfigError
 from bundle.manifest import Manifest
+from episodes.instruction import sentence
 from runtime.drive import _obey, _refuse_make_believe, make_plan
 from runtime.robot_file import (
     CommandConfig,
@@ -41,8 +42,14 @@ class Orders:
     def halt(self, reason: str) -> None:
         self.said.append(("halt", reason))
 
+    def stop(self) -> None:
+        self.said.append(("end", ""))
 
-@pytest.mark.parametrize("word", ["", "  ", "stop", "STOP!", "Halt.", "q", "정지", "멈춰!"])
+
+WORDS = ["", "  ", "stop", "STOP!", "Halt.", "q", "please stop", "stop now", "don't move", "estop", "정지", "멈춰!"]
+
+
+@pytest.mark.parametrize("word", WORDS)
 def test_whatever_sounds_like_stop_stops(word: str) -> None:
     orders = Orders()
     _obey(orders, io.StringIO(f"go left\n{word}\n"))  # type: ignore[arg-type]
@@ -52,13 +59,13 @@ def test_whatever_sounds_like_stop_stops(word: str) -> None:
 def test_the_end_of_the_keyboard_stops() -> None:
     orders = Orders()
     _obey(orders, io.StringIO("go left\n"))  # type: ignore[arg-type]
-    assert orders.said == [("do", "go left"), ("halt", "nobody is at the keyboard any more")]
+    assert [kind for kind, _ in orders.said] == ["do", "halt", "end"]
 
 
 def test_letters_that_are_none_do_not_make_it_deaf() -> None:
     orders = Orders()
     _obey(orders, io.TextIOWrapper(io.BytesIO(b"gr\xfcn\n\n"), encoding="utf-8"))  # type: ignore[arg-type]
-    assert [kind for kind, _ in orders.said] == ["do", "halt", "halt"]
+    assert [kind for kind, _ in orders.said] == ["do", "halt", "halt", "end"]
 
 
 @pytest.mark.parametrize("commands", [DdsCommands(), Ros2Commands()])
@@ -90,9 +97,25 @@ def test_a_second_camera_is_refused(tiny_bundle) -> None:
         make_plan(manifest, robot_file(SimulatedCamera(colour_order="rgb")), None)
 
 
-def test_the_end_of_stdin_halts_a_run(tiny_bundle, tmp_path: Path) -> None:
+def test_no_word_of_the_instructions_that_people_train_on_stops() -> None:
+    texts = [sentence(schema, side) for schema in ("v1", "v5") for side in ("left", "right")]
+    orders = Orders()
+    _obey(orders, io.StringIO("\n".join(texts)))  # type: ignore[arg-type]
+    assert [text for kind, text in orders.said if kind == "do"] == texts
+
+
+def test_the_end_of_stdin_ends_a_run(tiny_bundle, tmp_path: Path) -> None:
     with driving(tiny_bundle(Tiny()), tmp_path, "--interactive") as drive:
         assert drive.process.stdin is not None
         assert drive.stands_after(drive.process.stdin.close) < 10
-        drive.signal(signal.SIGTERM)
         assert drive.end() == 0
+
+
+def test_two_signals_at_once_are_one(tiny_bundle, tmp_path: Path) -> None:
+    with driving(tiny_bundle(Tiny()), tmp_path, "--json") as drive:
+        drive.until_moving()
+        drive.signal(signal.SIGTERM)
+        drive.signal(signal.SIGINT)
+        assert drive.end() == 0
+        assert drive.process.stdout is not None
+        assert '"zero_sent": true' in drive.process.stdout.read()

@@ -152,8 +152,8 @@ def test_files_say_what_memory_says(tmp_path: Path, tiny_bundle) -> None:
     [
         ("", "schema"),
         ("schema = 1", "name"),
-        ("schema = [", "not a robot file"),
-        ("\x00", "not a robot file"),
+        ("schema = [", "not TOML"),
+        ("\x00", "not TOML"),
         ("{good}\n[typo]\nx = 1", "typo"),
         ("{good}".replace("schema = 1", "schema = 2"), "schema"),
     ],
@@ -197,3 +197,25 @@ def test_a_limits_file_with_senseless_numbers_is_refused(tmp_path: Path) -> None
         (tmp_path / "limits.toml").write_text(f"schema = 1\n[axes.linear_x]\nmax_speed = {value}\n")
         with pytest.raises(ConfigError):
             load_limits_file(tmp_path / "limits.toml")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "max_speed = 0.4",
+            "max_sped = 0.4",
+            r"unknown field `max_sped` - at `\$.axes.linear_x`(?s:.*)did you mean max_speed",
+        ),
+        ('kind = "console"', 'kind = "consol"', r"commands.kind(?s:.*)dds, ros2, udp, console"),
+        ('field = "linear_y"', 'field = "linear-y"', r"axes.linear_y.field(?s:.*)linear_x, linear_y, linear_z"),
+        ("rotate = 0", "rotate = 45", r"camera.rotate(?s:.*)0, 90, 180, 270"),
+        ("invert = false", "invert = False", "lower case"),
+    ],
+)
+def test_a_slip_is_answered_with_what_was_meant(tmp_path: Path, old: str, new: str, message: str) -> None:
+    text = save_robot(tmp_path / "robot.toml", robot_file()).read_text()
+    assert old in text
+    (tmp_path / "robot.toml").write_text(text.replace(old, new, 1))
+    with pytest.raises(ConfigError, match=message):
+        load_robot_file(tmp_path / "robot.toml")
