@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +162,12 @@ def test_stopped_it_reports_what_it_has(bundle: Path, tmp_path: Path, how: signa
                 assert process.poll() is None, process.communicate()
                 time.sleep(0.05)
             time.sleep(3)
-            process.send_signal(how)
-            out, err = process.communicate(timeout=60)
+            for _ in range(6):
+                process.send_signal(how)
+                # An interrupt that arrives while Python runs a destructor is lost; a user asks again.
+                with suppress(subprocess.TimeoutExpired):
+                    out, err = process.communicate(timeout=30)
+                    break
         finally:
             process.kill()
     assert process.returncode == 1, err

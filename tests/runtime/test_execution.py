@@ -99,3 +99,19 @@ def test_the_robot_file_chooses() -> None:
     kinds = {"receding_horizon": RecedingHorizon, "chunk": PlayedChunk, "ensemble": TemporalEnsemble}
     for name, kind in kinds.items():
         assert type(make_execution(Loop(strategy=name), PERIOD)) is kind  # type: ignore[arg-type]
+
+
+def test_an_ensemble_asks_no_chunk_beyond_its_steps() -> None:
+    execution = TemporalEnsemble(PERIOD, 2, 0.0)
+    for number, start in enumerate((0, 100, 200)):
+        execution.add(chunk(start, number * PERIOD))
+    # The first chunk has a row for now, but it is its third.
+    assert value(execution, 0.2) == pytest.approx((101 + 200) / 2)
+
+
+def test_the_steepest_decay_leaves_the_newest() -> None:
+    execution = TemporalEnsemble(PERIOD, 4, 1e4)
+    execution.add(chunk(0, 0.0))
+    assert value(execution, 0.25) == 2
+    execution.add(chunk(50, 0.2))
+    assert value(execution, 0.25) == 50

@@ -258,29 +258,30 @@ def test_the_clock_jumps_back(manifest: Manifest) -> None:
 
 @pytest.mark.parametrize("case", [CHANGED, RESET])
 def test_new_orders(manifest: Manifest, case: Fault) -> None:
-    """The decision that is under way when the order comes is thrown away, and nothing old is played on."""
-    asked, answer = threading.Event(), threading.Event()
+    """What was decided before the order, and what is being decided when it comes, is not followed for a single round."""
     new = "go" if case is RESET else "go somewhere else"
-
-    def wait() -> None:
-        asked.set()
-        answer.wait(60)
-
-    with Rig(manifest) as rig:
+    answers = threading.Semaphore(0)
+    # No age and no lateness stops here, only the order.
+    patient = msgspec.structs.replace(SAFETY, stale_action_s=5.0, **FORGIVING)
+    with Rig(manifest, robot=robot_file(safety=patient)) as rig:
         rig.until_moving()
-        rig.policy.before = wait
-        asked.clear()
-        assert asked.wait(30)
+        rig.policy.before = lambda: answers.acquire(timeout=60)
+        asked = rig.policy.steps
+        rig.until(lambda: rig.policy.steps > asked)
         seen = stands_still_after_order(rig, new)
+        before, decided = len(rig.plant.log), len(rig.heard.decisions)
         rig.policy.row = np.array([-1.0, 0.0], np.float32)
-        before = len(rig.plant.log)
-        rig.policy.before = lambda: None
-        answer.set()
+        answers.release()  # to the question from before the order: forward
+        rig.until(lambda: len(rig.heard.decisions) > decided)
+        assert rig.plant.wait_for_commands(4, 30)
+        assert rig.plant.velocity.is_zero
+        answers.release()
         rig.until(lambda: rig.plant.velocity.linear_x < -0.3)
-        # The answer to the old question said forward, and was not followed for a single round.
         assert all(twist.linear_x <= 0 for _, twist in rig.plant.log[before:])
         assert rig.policy.told == ["go", new]
         assert [note.text for note in rig.heard.notes if note.kind == "instruction"] == [new]
+        rig.policy.before = lambda: None
+        answers.release()
     judge(case, seen)
 
 
