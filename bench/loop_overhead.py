@@ -24,17 +24,17 @@ import numpy as np
 import tyro
 from rich.console import Console
 
+from bench.drawn_robot import drawn_robot
 from bundle.errors import JetvlaError
 from runtime.cameras.grabber import FrameGrabber
 from runtime.cameras.select import open_camera
-from runtime.commands.base import TWIST_FIELDS
 from runtime.commands.fake_plant import FakePlant
 from runtime.commands.select import open_sink
 from runtime.control_loop import ControlLoop
 from runtime.drive import make_plan, steady_threads
 from runtime.events import Decision, Event, RunInfo
 from runtime.policy import Policy
-from runtime.robot_file import Axis, Loop, RobotFile, Safety, SimulatedCamera, UdpCommands
+from runtime.robot_file import Safety
 from runtime.watchdog import Watchdog
 
 
@@ -108,7 +108,9 @@ def measure(config: OverheadConfig) -> dict[str, float]:
     taken = _Taken()
     rounds: list[float] = []
     with FakePlant() as plant:
-        robot = _robot(policy, plant.port, config.hz)
+        late_s = 10 / config.hz  # nothing is stopped here
+        safety = Safety(stale_frame_s=late_s, stale_action_s=late_s, stop_within_s=late_s, watchdog_s=late_s)
+        robot = drawn_robot("overhead", policy.manifest.action, plant.port, gain=1.0, hz=config.hz, safety=safety)
         plan = make_plan(policy.manifest, robot, None)
         grabber = FrameGrabber(open_camera(robot.camera), robot.camera)
         grabber.start()
@@ -149,24 +151,6 @@ def _bare(policy: Policy, grabber: FrameGrabber, config: OverheadConfig) -> list
         due += 1 / config.hz
         time.sleep(max(0.0, due - time.monotonic()))
     return spent[1:]
-
-
-def _robot(policy: Policy, port: int, hz: float) -> RobotFile:
-    action = policy.manifest.action
-    axes = {
-        name: Axis(field=field_, policy_unit=unit, gain=1.0, invert=False, max_speed=0.3, max_acceleration=1.0)
-        for name, unit, field_ in zip(action.names, action.units, TWIST_FIELDS, strict=False)
-    }
-    late = 10 / hz
-    return RobotFile(
-        schema=1,
-        name="overhead",
-        camera=SimulatedCamera(colour_order="rgb", width=1280, height=720),
-        commands=UdpCommands(host="127.0.0.1", port=port),
-        axes=axes,
-        safety=Safety(stale_frame_s=late, stale_action_s=late, stop_within_s=late, watchdog_s=late),
-        loop=Loop(publish_hz=hz, decide_hz=hz),
-    )
 
 
 if __name__ == "__main__":

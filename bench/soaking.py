@@ -21,18 +21,22 @@ from typing import Any
 import numpy as np
 import psutil
 
+from bench.drawn_robot import drawn_robot
 from bundle.errors import ConfigError
 from bundle.manifest import Manifest
 from runtime.cameras.simulated import FAULT_FILE_VARIABLE, Fault
 from runtime.commands.fake_plant import FakePlant
+from runtime.robot_file import Recorder, Safety
+from runtime.robot_toml import to_toml
 
 _ROOT = Path(__file__).resolve().parents[1]
 _FAULTS = (Fault.FREEZE, Fault.UNPLUGGED, Fault.BLACK, Fault.SILENT, Fault.LATE, Fault.WRONG_SIZE, Fault.DUPLICATE)
 _FAULT_S = 2.0
-_FIELDS = ("linear_x", "linear_y", "angular_z", "linear_z", "angular_x", "angular_y")
 # Allocators and caches take their share first.
 _WARM_UP_SHARE = 0.1
-_STALE_S, _STOP_S = 0.5, 0.3
+# Gains are high, so that it always drives.
+_GAIN = 100.0
+_SAFETY = Safety(stale_frame_s=0.5, stale_action_s=0.5, stop_within_s=0.3, watchdog_s=0.5)
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,9 @@ def soak(
     fault_file = folder / "fault"
     fault_file.unlink(missing_ok=True)
     with FakePlant() as plant:
-        (folder / "robot.toml").write_text(_robot_toml(manifest, plant.port, folder / "recordings", hz))
+        recorder = Recorder(folder=str(folder / "recordings"), max_total_gb=0.2, max_file_mb=40.0)
+        robot = drawn_robot("soak", manifest.action, plant.port, gain=_GAIN, hz=hz, safety=_SAFETY, recorder=recorder)
+        (folder / "robot.toml").write_text(to_toml(robot))
         command = [
             *(
                 sys.executable,
@@ -138,7 +144,7 @@ def soak(
             )
         summary = json.loads(out)
         log = plant.log
-    bound_s = _STALE_S + _STOP_S + 2 / hz
+    bound_s = _SAFETY.stale_frame_s + _SAFETY.stop_within_s + 2 / hz
     times = np.array([at for at, _ in log])
     return Soak(
         minutes=summary["seconds"] / 60,
@@ -202,18 +208,3 @@ def _ends(samples: list[float]) -> tuple[float, float]:
     kept = samples[int(len(samples) * _WARM_UP_SHARE) :]
     part = max(1, len(kept) // 10)
     return (float(np.median(kept[:part])), float(np.median(kept[-part:]))) if kept else (0.0, 0.0)
-
-
-def _robot_toml(manifest: Manifest, port: int, recordings: Path, hz: float) -> str:
-    """A base that does what the policy says, and always something: gains are high, limits low."""
-    axes = "".join(
-        f'[axes.{name}]\nfield = "{field}"\npolicy_unit = "{unit}"\ngain = 100.0\ninvert = false\nmax_speed = 0.3\nmax_acceleration = 1.0\n'
-        for name, unit, field in zip(manifest.action.names, manifest.action.units, _FIELDS, strict=False)
-    )
-    return (
-        f'schema = 1\nname = "soak"\n[camera]\nkind = "simulated"\ncolour_order = "rgb"\nwidth = 1280\nheight = 720\n'
-        f'[commands]\nkind = "udp"\nhost = "127.0.0.1"\nport = {port}\n{axes}'
-        f"[safety]\nstale_frame_s = {_STALE_S}\nstale_action_s = {_STALE_S}\nstop_within_s = {_STOP_S}\nwatchdog_s = 0.5\n"
-        f"[loop]\npublish_hz = {hz}\ndecide_hz = {hz}\n"
-        f'[recorder]\nfolder = "{recordings}"\nmax_total_gb = 0.2\nmax_file_mb = 40\n'
-    )

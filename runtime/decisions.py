@@ -243,7 +243,7 @@ class DecisionThread:
             return overdue > 0
 
     def _overdue(self, taken_s: float) -> int:
-        return max(0, math.floor(taken_s / self._deadline_s)) if math.isfinite(taken_s) else 0
+        return max(0, math.floor(taken_s / self._deadline_s))
 
 
 def _line(error: JetvlaError) -> str:

@@ -42,6 +42,7 @@ from runtime.robot_file import (
     LimitsFile,
     RobotFile,
     Ros2Commands,
+    kind_of,
 )
 from runtime.robot_lock import lock_robot
 from runtime.watchdog import Watchdog
@@ -119,7 +120,7 @@ def make_plan(manifest: Manifest, robot: RobotFile, local: LimitsFile | None) ->
         )
     pace = Pace(robot.loop.publish_hz, decide_hz, robot.loop.deadline_s or 1 / decide_hz)
     limits = limits_of(robot, manifest.action, local)
-    check_cadence(limits, publish_hz=pace.publish_hz, decide_hz=pace.decide_hz, deadline_s=pace.deadline_s)
+    check_cadence(limits, publish_hz=pace.publish_hz, decide_hz=pace.decide_hz)
     return Plan(manifest, robot, local, limits, axis_map(robot, manifest.action), pace)
 
 
@@ -311,7 +312,7 @@ def _obey(loop: ControlLoop, lines: TextIO) -> None:
 
 def _refuse_make_believe(plan: Plan, backend: str, commands: CommandConfig) -> None:
     """A real robot does not move on what nobody sees or decides."""
-    camera = str(plan.robot.camera.__struct_config__.tag)
+    camera = kind_of(plan.robot.camera)
     made_up = "backend fake" if backend == "fake" else f"camera {camera}" if camera in _DRAWN else ""
     if made_up and isinstance(commands, DdsCommands | Ros2Commands):
         raise ConfigError(

@@ -20,13 +20,12 @@ from bundle.atomic import write_bytes
 from bundle.errors import CameraError, CommandError, JetvlaError
 from bundle.manifest import MANIFEST_NAME, Manifest
 from runtime import doctor_machine
-from runtime.cameras.orientation import kind_of
 from runtime.commands.select import competitors, open_sink
 from runtime.doctor_camera import CameraFindings, watch
 from runtime.doctor_picture import draw_doctor
 from runtime.drive import make_plan
 from runtime.preprocess import resize
-from runtime.robot_file import CameraConfig, RobotFile
+from runtime.robot_file import CameraConfig, RobotFile, kind_of
 from runtime.robot_view import plan_lines
 
 PICTURE = Path("doctor.png")

@@ -1,22 +1,17 @@
 """The robot file: everything about one robot that is not in a bundle, in one strict TOML file.
 
 A sign, a gain or a colour order that hides in code is found when the robot has hit something. So each stands here under a name with its
-unit, an unknown or missing key is an error that names its path, and nothing that moves the robot has a default. Knows nothing about how
-any of it is done.
+unit, an unknown or missing key is an error that names its path, and nothing that moves the robot has a default. Read by
+runtime/robot_toml.py. Knows nothing about how any of it is done.
 """
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Annotated, Literal, TypeVar, get_args
+from typing import Annotated, Literal
 
 import msgspec
 
-from bundle.errors import ConfigError
-from runtime.commands.base import TWIST_FIELDS, TwistField
+from runtime.commands.base import TwistField
 
 ColourOrder = Literal["rgb", "bgr"]
 Strategy = Literal["receding_horizon", "chunk", "ensemble"]
@@ -29,11 +24,11 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 SCHEMA = 1
 
 
-class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Every struct here: immutable, no unknown keys, fields by name."""
 
 
-class _Camera(_Strict, frozen=True, kw_only=True, tag_field="kind"):
+class _Camera(Strict, frozen=True, kw_only=True, tag_field="kind"):
     """What all cameras have.
 
     Attributes:
@@ -129,7 +124,7 @@ CameraConfig = (
 )
 
 
-class _Commands(_Strict, frozen=True, kw_only=True, tag_field="kind"):
+class _Commands(Strict, frozen=True, kw_only=True, tag_field="kind"):
     """What all ways to a robot have."""
 
 
@@ -167,7 +162,7 @@ class ConsoleCommands(_Commands, frozen=True, kw_only=True, tag="console"):
 CommandConfig = DdsCommands | Ros2Commands | UdpCommands | ConsoleCommands
 
 
-class Axis(_Strict, frozen=True, kw_only=True):
+class Axis(Strict, frozen=True, kw_only=True):
     """From one number of the policy's chunk to one number of the Twist: `invert` turns the sign, `gain` scales.
 
     Attributes:
@@ -185,7 +180,7 @@ class Axis(_Strict, frozen=True, kw_only=True):
     max_acceleration: Positive
 
 
-class Safety(_Strict, frozen=True, kw_only=True):
+class Safety(Strict, frozen=True, kw_only=True):
     """When to stop, in seconds and counts.
 
     Attributes:
@@ -211,7 +206,7 @@ class Safety(_Strict, frozen=True, kw_only=True):
     hits_to_recover: Count = 3
 
 
-class Loop(_Strict, frozen=True, kw_only=True):
+class Loop(Strict, frozen=True, kw_only=True):
     """Rates and the way chunks are executed.
 
     Attributes:
@@ -230,7 +225,7 @@ class Loop(_Strict, frozen=True, kw_only=True):
     ensemble_decay: Annotated[float, msgspec.Meta(ge=0)] = 0.1
 
 
-class Recorder(_Strict, frozen=True, kw_only=True):
+class Recorder(Strict, frozen=True, kw_only=True):
     """The flight recorder.
 
     Attributes:
@@ -246,7 +241,7 @@ class Recorder(_Strict, frozen=True, kw_only=True):
     jpeg_quality: Annotated[int, msgspec.Meta(ge=10, le=100)] = 90
 
 
-class RobotFile(_Strict, frozen=True, kw_only=True):
+class RobotFile(Strict, frozen=True, kw_only=True):
     """One robot. `axes` is by the policy's action names; an axis that is not in it is refused rather than ignored."""
 
     schema: int
@@ -259,14 +254,14 @@ class RobotFile(_Strict, frozen=True, kw_only=True):
     recorder: Recorder | None = None
 
 
-class AxisLimits(_Strict, frozen=True, kw_only=True):
+class AxisLimits(Strict, frozen=True, kw_only=True):
     """Of one axis; what is absent stays as it is."""
 
     max_speed: Positive | None = None
     max_acceleration: Positive | None = None
 
 
-class SafetyLimits(_Strict, frozen=True, kw_only=True):
+class SafetyLimits(Strict, frozen=True, kw_only=True):
     """See Safety; what is absent stays as it is."""
 
     stale_frame_s: Positive | None = None
@@ -277,7 +272,7 @@ class SafetyLimits(_Strict, frozen=True, kw_only=True):
     slow_factor: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
 
 
-class LimitsFile(_Strict, frozen=True, kw_only=True):
+class LimitsFile(Strict, frozen=True, kw_only=True):
     """Local limits, for a room, a visitor, a first run: they can only tighten what the robot file says."""
 
     schema: int
@@ -285,87 +280,6 @@ class LimitsFile(_Strict, frozen=True, kw_only=True):
     safety: SafetyLimits = SafetyLimits()
 
 
-_T = TypeVar("_T", RobotFile, LimitsFile)
-
-
-def load_robot_file(path: Path) -> RobotFile:
-    """Read a robot file.
-
-    Raises:
-        ConfigError: missing, not TOML, or a key unknown, missing, mistyped or out of range.
-    """
-    return _load(
-        path,
-        RobotFile,
-        "robot file",
-        "start from runtime/deploy/reference-robot.toml; docs/robot.md explains every key.",
-    )
-
-
-def load_limits_file(path: Path) -> LimitsFile:
-    """Read a limits file; whether it tightens is runtime/limits.py's business.
-
-    Raises:
-        ConfigError: see load_robot_file.
-    """
-    return _load(path, LimitsFile, "limits file", "docs/robot.md has an example.")
-
-
-def _load(path: Path, kind: type[_T], what: str, hint: str) -> _T:
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"cannot read the {what} {path}", got=error.strerror, hint=hint) from None
-    try:
-        loaded = msgspec.toml.decode(text, type=kind)
-    except msgspec.ValidationError as error:
-        got = _with_axis(text, kind, error)
-        raise ConfigError(f"{path} is not a {what}", got=got, expected=_expected(got), hint=hint) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML", got=error, hint=f"true and false are lower case. {hint}") from None
-    if loaded.schema != SCHEMA:
-        raise ConfigError(f"{path} has another schema version", got=loaded.schema, expected=SCHEMA, hint=hint)
-    return loaded
-
-
-def _with_axis(text: bytes, kind: type[RobotFile] | type[LimitsFile], error: msgspec.ValidationError) -> str:
-    """The message; msgspec does not say which of the axes it is about."""
-    axes = msgspec.toml.decode(text).get("axes")
-    for name, table in axes.items() if isinstance(axes, dict) else ():
-        try:
-            msgspec.convert(table, Axis if kind is RobotFile else AxisLimits)
-        except msgspec.ValidationError as found:
-            place = str(found) if "`$" in str(found) else f"{found} - at `$`"
-            return place.replace("`$", f"`$.axes.{name}")
-    return str(error)
-
-
-def _expected(message: str) -> str | None:
-    """What could have been meant, where that is a short list."""
-    if unknown := re.search(r"unknown field `([^`]+)`", message):
-        close = difflib.get_close_matches(unknown[1], _KEYS, n=1)
-        return f"did you mean {close[0]}?" if close else None
-    place = re.search(r"at `\$\.([^`]+)`", message)
-    if place is None or "nvalid" not in message:
-        return None
-    for key, choices in _CHOICES.items():
-        if place[1].endswith(key):
-            return ", ".join(map(str, choices))
-    return None
-
-
-def _structs(kind: type[msgspec.Struct]) -> Iterator[type[msgspec.Struct]]:
-    yield kind
-    for below in kind.__subclasses__():
-        yield from _structs(below)
-
-
-_KEYS = sorted({key for kind in _structs(_Strict) for key in kind.__struct_fields__})
-_CHOICES: dict[str, tuple[object, ...]] = {
-    "camera.kind": tuple(kind.__struct_config__.tag for kind in get_args(CameraConfig)),
-    "commands.kind": tuple(kind.__struct_config__.tag for kind in get_args(CommandConfig)),
-    "field": TWIST_FIELDS,
-    "rotate": (0, 90, 180, 270),
-    "colour_order": get_args(ColourOrder),
-    "strategy": get_args(Strategy),
-}
+def kind_of(config: CameraConfig | CommandConfig) -> str:
+    """Its `kind` in the file."""
+    return str(config.__struct_config__.tag)

@@ -7,10 +7,12 @@ from typing import Any
 
 from rich.table import Table
 
+from bundle.errors import CommandError
 from runtime.cadence import Summary
 from runtime.commands.base import TWIST_FIELDS
-from runtime.commands.select import resolve_domain
 from runtime.drive import Plan
+from runtime.robot_file import Axis, kind_of
+from runtime.ros_names import resolve_domain
 
 _DIRECTIONS = {
     "linear_x": ("forward", "backward"),
@@ -25,25 +27,27 @@ _DIRECTIONS = {
 def plan_lines(plan: Plan, *, dry_run: bool) -> list[str]:
     """The plan, a line each: where commands go, what each axis does, when the robot stops."""
     robot, safety, pace = plan.robot, plan.limits.safety, plan.pace
-    target = "nowhere (dry run)" if dry_run else f"{robot.commands.__struct_config__.tag} {_where(plan)}".rstrip()
+    target = "nowhere (dry run)" if dry_run else f"{kind_of(robot.commands)} {_where(plan)}".rstrip()
     lines = [
-        f"robot {robot.name}: camera {robot.camera.__struct_config__.tag}, commands to {target}",
+        f"robot {robot.name}: camera {kind_of(robot.camera)}, commands to {target}",
         f"{pace.decide_hz:g} decisions and {pace.publish_hz:g} commands a second, {robot.loop.strategy}",
     ]
+    warnings: list[str] = []
     for name in plan.manifest.action.names:
         axis = robot.axes[name]
         index = TWIST_FIELDS.index(axis.field)
         unit = "m/s" if axis.field.startswith("linear") else "rad/s"
-        direction = _DIRECTIONS[axis.field][axis.invert]
+        speed, acceleration = plan.limits.max_speed[index], plan.limits.max_acceleration[index]
         lines.append(
-            f"policy {name} +1 -> {axis.gain:g} {unit} {direction}; at most {plan.limits.max_speed[index]:.3g} {unit}, "
-            f"{plan.limits.max_acceleration[index]:.3g} {unit}\N{SUPERSCRIPT TWO}"
+            f"policy {name} +1 -> {axis.gain:g} {unit} {_DIRECTIONS[axis.field][axis.invert]}; at most {speed:.3g} {unit}, "
+            f"{acceleration:.3g} {unit}\N{SUPERSCRIPT TWO}"
         )
+        warnings += _warnings(name, axis, unit, speed, acceleration)
     lines.append(
         f"stops within {safety.stop_within_s:g} s when a frame is older than {safety.stale_frame_s:g} s or an action older than "
         f"{safety.stale_action_s:g} s; the watchdog after {safety.watchdog_s:g} s of silence"
     )
-    lines += _warnings(plan)
+    lines += warnings
     fps = plan.manifest.fps
     if fps is not None and abs(pace.decide_hz / fps - 1) > 0.1:
         lines.append(
@@ -52,19 +56,14 @@ def plan_lines(plan: Plan, *, dry_run: bool) -> list[str]:
     return lines
 
 
-def _warnings(plan: Plan) -> Iterator[str]:
+def _warnings(name: str, axis: Axis, unit: str, speed: float, acceleration: float) -> Iterator[str]:
     """Of numbers that may be meant, and mostly are not."""
-    for name in plan.manifest.action.names:
-        axis = plan.robot.axes[name]
-        index = TWIST_FIELDS.index(axis.field)
-        unit = "m/s" if axis.field.startswith("linear") else "rad/s"
-        speed, acceleration = plan.limits.max_speed[index], plan.limits.max_acceleration[index]
-        if speed > (1.0 if unit == "m/s" else 2.0):
-            yield f"warning: {name} may reach {speed:.3g} {unit}, faster than a person walks around a robot"
-        if acceleration > 3.0:
-            yield f"warning: {name} may change by {acceleration:.3g} {unit} in a second, which tips loads"
-        if axis.gain > 4 * speed:
-            yield f"warning: {name} is limited to {speed:.3g} of {axis.gain:.3g} {unit}: nearly all commands will look alike"
+    if speed > (1.0 if unit == "m/s" else 2.0):
+        yield f"warning: {name} may reach {speed:.3g} {unit}, faster than a person walks around a robot"
+    if acceleration > 3.0:
+        yield f"warning: {name} may change by {acceleration:.3g} {unit} in a second, which tips loads"
+    if axis.gain > 4 * speed:
+        yield f"warning: {name} is limited to {speed:.3g} of {axis.gain:.3g} {unit}: nearly all commands will look alike"
 
 
 def summary_table(summary: Summary) -> Table:
@@ -109,5 +108,5 @@ def _where(plan: Plan) -> str:
     commands = plan.robot.commands
     topic = getattr(commands, "topic", None)
     if topic is not None:
-        return f"{topic} in domain {resolve_domain(getattr(commands, 'domain', None))}"
+        return f"{topic} in domain {resolve_domain(getattr(commands, 'domain', None), CommandError)}"
     return f"{getattr(commands, 'host', '')}:{getattr(commands, 'port', '')}".strip(":")

@@ -41,7 +41,7 @@ from runtime.drive import DriveOptions, Plan, drive, make_plan
 from runtime.events import Listener
 from runtime.notes import Notes
 from runtime.policy import Policy
-from runtime.robot_file import load_limits_file, load_robot_file
+from runtime.robot_toml import load_limits_file, load_robot_file
 from runtime.robot_view import plan_lines, summary_table
 
 

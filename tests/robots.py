@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import msgspec
@@ -17,6 +16,7 @@ from runtime.robot_file import (
     Safety,
     SimulatedCamera,
 )
+from runtime.robot_toml import to_toml
 
 AXES = {
     "linear_x": Axis(field="linear_x", policy_unit="m/s", gain=0.5, invert=False, max_speed=0.4, max_acceleration=2.0),
@@ -49,13 +49,5 @@ def robot_file(
 
 def save_robot(path: Path, robot: RobotFile) -> Path:
     """As TOML."""
-    tables: dict[str, object] = msgspec.to_builtins(robot)
-    path.write_text("".join(f"{key} = {_toml(value)}\n" for key, value in tables.items() if value is not None))
+    path.write_text(to_toml(robot))
     return path
-
-
-def _toml(value: object) -> str:
-    """One value, tables inline; TOML has no null, so keys without a value are left out."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items() if item is not None) + "}"
-    return json.dumps(value)  # strings, numbers and booleans are the same in both

@@ -7,7 +7,6 @@ ROS_DOMAIN_ID, else 0. Which network is used is said in CYCLONEDDS_URI, as with 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,8 +17,7 @@ from runtime.cameras.ros_cdr import CompressedImage, Image, read_compressed_imag
 from runtime.cameras.ros_image import frame_of
 from runtime.cameras.source_clock import SourceClock
 from runtime.robot_file import Ros2TopicCamera
-
-_DOMAINS = range(233)
+from runtime.ros_names import dds_topic, resolve_domain
 
 
 class DdsCamera:
@@ -43,7 +41,7 @@ class DdsCamera:
             ) from None
         self._dds: Any = cyclonedds
         self._config = config
-        self._domain = domain_of(config.domain)
+        self._domain = resolve_domain(config.domain, CameraError)
         self._type = image_type(config.message)
         self._reader: Any = None
         self._waitset: Any = None
@@ -107,27 +105,6 @@ class DdsCamera:
         """Leave the domain; what nobody refers to any more is deleted."""
         self._waitset = None
         self._reader = None
-
-
-def domain_of(configured: int | None) -> int:
-    """The DDS domain: as configured, else of ROS_DOMAIN_ID, else 0.
-
-    Raises:
-        CameraError: ROS_DOMAIN_ID is no domain.
-    """
-    if configured is not None:
-        return configured
-    text = os.environ.get("ROS_DOMAIN_ID", "").strip()
-    if not text:
-        return 0
-    if not text.isdecimal() or int(text) not in _DOMAINS:
-        raise CameraError("ROS_DOMAIN_ID is no domain", got=text, expected="0 to 232", hint="unset it, or mend it.")
-    return int(text)
-
-
-def dds_topic(topic: str) -> str:
-    """The name of a ROS topic in DDS."""
-    return "rt/" + topic.lstrip("/")
 
 
 def image_type(message: str) -> Any:

@@ -12,8 +12,8 @@ from typing import Any
 
 from bundle.errors import CameraError
 from runtime.cameras.base import Frame
-from runtime.cameras.orientation import kind_of, upright
-from runtime.robot_file import CameraConfig
+from runtime.cameras.orientation import upright
+from runtime.robot_file import CameraConfig, kind_of
 
 _WAITED_S = 0.002  # what a driver had at hand is grabbed in far less
 _OLDEST_STAMP_S = 1.0

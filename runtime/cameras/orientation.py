@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundle.errors import CameraError
-from runtime.robot_file import CameraConfig
+from runtime.robot_file import CameraConfig, kind_of
 
 
 def upright(pixels: NDArray[np.uint8], config: CameraConfig) -> NDArray[np.uint8]:
@@ -52,8 +52,3 @@ def upright_size(config: CameraConfig) -> tuple[int, int]:
     """Width and height of the upright pictures; 0 where any is taken."""
     turned = config.rotate in (90, 270)
     return (config.height, config.width) if turned else (config.width, config.height)
-
-
-def kind_of(config: CameraConfig) -> str:
-    """The word that chooses this kind of camera in a robot file."""
-    return str(config.__struct_config__.tag)

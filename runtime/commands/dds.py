@@ -22,6 +22,7 @@ from bundle.errors import CommandError
 from runtime.commands.base import ZERO, Twist
 from runtime.commands.cdr import encode_frame_id, stamp
 from runtime.robot_file import DdsCommands
+from runtime.ros_names import dds_topic
 
 _MAX_BLOCKING_MS = 1
 _LAST_ACKS_S = 1
@@ -179,11 +180,6 @@ class DdsSink:
             got=got,
             hint="check `topic` and `domain` under [commands], CYCLONEDDS_URI, and this machine's network interfaces.",
         )
-
-
-def dds_topic(topic: str) -> str:
-    """ROS 2's name of a topic on the wire: `/cmd_vel` is `rt/cmd_vel`."""
-    return "rt/" + topic.strip("/")
 
 
 def _obey_ros_localhost_only() -> None:

@@ -5,15 +5,13 @@ Each kind is imported when it is asked for: a robot that takes datagrams needs n
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Collection
 
 from bundle.errors import CommandError
 from runtime.commands.base import CommandSink
 from runtime.robot_file import CommandConfig, ConsoleCommands, DdsCommands, Ros2Commands, UdpCommands
-
-_HIGHEST_DOMAIN = 232  # of DDS: above it the port numbers run out
+from runtime.ros_names import resolve_domain
 
 
 def open_sink(config: CommandConfig) -> CommandSink:
@@ -29,11 +27,11 @@ def open_sink(config: CommandConfig) -> CommandSink:
     if isinstance(config, DdsCommands):
         from runtime.commands.dds import DdsSink
 
-        return DdsSink(config, resolve_domain(config.domain))
+        return DdsSink(config, resolve_domain(config.domain, CommandError))
     if isinstance(config, Ros2Commands):
         from runtime.commands.ros2 import Ros2Sink
 
-        return Ros2Sink(config, resolve_domain(config.domain))
+        return Ros2Sink(config, resolve_domain(config.domain, CommandError))
     from runtime.commands.console import ConsoleSink
 
     return ConsoleSink()
@@ -60,13 +58,13 @@ def robot_key(config: CommandConfig) -> str:
     """What identifies the robot on this machine, whichever way commands take to it; empty for the console, which moves nothing.
 
     Raises:
-        CommandError: see resolve_domain.
+        CommandError: ROS_DOMAIN_ID is no domain.
     """
     if isinstance(config, ConsoleCommands):
         return ""
     if isinstance(config, UdpCommands):
         return f"udp {_address_of(config.host)}:{config.port}"
-    return f"topic {absolute_topic(config.topic)} domain {resolve_domain(config.domain)}"
+    return f"topic {absolute_topic(config.topic)} domain {resolve_domain(config.domain, CommandError)}"
 
 
 def _address_of(host: str) -> str:
@@ -76,27 +74,6 @@ def _address_of(host: str) -> str:
     except (OSError, UnicodeError):
         return host.lower()
     return str(min(found, key=lambda entry: entry[0] != socket.AF_INET)[4][0])
-
-
-def resolve_domain(configured: int | None) -> int:
-    """The DDS domain: as configured, else ROS_DOMAIN_ID, else 0.
-
-    Raises:
-        CommandError: ROS_DOMAIN_ID is no domain.
-    """
-    if configured is not None:
-        return configured
-    text = os.environ.get("ROS_DOMAIN_ID", "").strip()
-    if not text:
-        return 0
-    if not text.isascii() or not text.isdigit() or int(text) > _HIGHEST_DOMAIN:
-        raise CommandError(
-            "ROS_DOMAIN_ID is no domain",
-            got=repr(text),
-            expected=f"a number from 0 to {_HIGHEST_DOMAIN}",
-            hint="correct or unset ROS_DOMAIN_ID, or write `domain` under [commands] in the robot file.",
-        )
-    return int(text)
 
 
 def absolute_topic(topic: str) -> str:

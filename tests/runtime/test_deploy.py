@@ -23,7 +23,8 @@ from runtime.cameras.checks import REFUSALS
 from runtime.commands.fake_plant import FakePlant
 from runtime.drive import make_plan
 from runtime.limits import limits_of
-from runtime.robot_file import Axis, LimitsFile, RobotFile, UdpCommands, load_limits_file, load_robot_file
+from runtime.robot_file import Axis, LimitsFile, RobotFile, UdpCommands
+from runtime.robot_toml import load_limits_file, load_robot_file
 from runtime.robot_view import plan_lines
 from tests.bundles import Tiny, make_bundle
 from tests.robots import robot_file as robot_of

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from bundle.errors import ConfigError, LimitsError
 from bundle.manifest import Action, Manifest
 from runtime.limits import axis_map, check_cadence, limits_of
-from runtime.robot_file import AxisLimits, LimitsFile, SafetyLimits, load_limits_file, load_robot_file
+from runtime.robot_file import AxisLimits, LimitsFile, SafetyLimits
+from runtime.robot_toml import load_limits_file, load_robot_file
 from tests.bundles import Tiny
 from tests.robots import AXES, SAFETY, robot_file, save_robot
 
@@ -132,8 +133,8 @@ def test_stages_out_of_order_are_refused() -> None:
 def test_bounds_that_would_stop_a_healthy_robot_are_refused(key: str, value: float) -> None:
     limits = limits_of(robot_file(safety=msgspec.structs.replace(SAFETY, **{key: value})), ACTION)
     with pytest.raises(ConfigError, match=key):
-        check_cadence(limits, publish_hz=20, decide_hz=10, deadline_s=0.1)
-    check_cadence(limits_of(robot_file(), ACTION), publish_hz=20, decide_hz=10, deadline_s=0.1)
+        check_cadence(limits, publish_hz=20, decide_hz=10)
+    check_cadence(limits_of(robot_file(), ACTION), publish_hz=20, decide_hz=10)
 
 
 def test_files_say_what_memory_says(tmp_path: Path, tiny_bundle) -> None:

@@ -13,9 +13,10 @@ import pytest
 
 from bundle.errors import CameraError
 from runtime.cameras.base import Frame
-from runtime.cameras.dds_image import DdsCamera, dds_topic, domain_of
+from runtime.cameras.dds_image import DdsCamera
 from runtime.cameras.select import open_camera
 from runtime.robot_file import Ros2TopicCamera
+from runtime.ros_names import dds_topic, resolve_domain
 from tests.runtime.cameras.scripted import LIMIT_S, wait_until
 
 pytest.importorskip("cyclonedds")
@@ -145,13 +146,13 @@ def test_nobody_publishes_and_opening_again(camera: DdsCamera) -> None:
 
 def test_domains(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ROS_DOMAIN_ID", raising=False)
-    assert (domain_of(None), domain_of(7)) == (0, 7)
+    assert (resolve_domain(None, CameraError), resolve_domain(7, CameraError)) == (0, 7)
     monkeypatch.setenv("ROS_DOMAIN_ID", "42")
-    assert (domain_of(None), domain_of(7)) == (42, 7)
+    assert (resolve_domain(None, CameraError), resolve_domain(7, CameraError)) == (42, 7)
     for wrong in ("233", "x", "-1", "4.2"):
         monkeypatch.setenv("ROS_DOMAIN_ID", wrong)
         with pytest.raises(CameraError, match="ROS_DOMAIN_ID is no domain"):
-            domain_of(None)
+            resolve_domain(None, CameraError)
 
 
 def test_a_network_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,10 @@ import pytest
 
 from bundle.errors import CommandError
 from runtime.commands.base import ZERO, Twist
-from runtime.commands.dds import DdsSink, dds_topic
+from runtime.commands.dds import DdsSink
 from runtime.commands.select import competitors, identity, open_sink
 from runtime.robot_file import DdsCommands
+from runtime.ros_names import dds_topic
 from runtime.watchdog import Watchdog
 
 pytest.importorskip("cyclonedds")

@@ -6,9 +6,10 @@ import pytest
 
 from bundle.errors import CommandError
 from runtime.commands.console import ConsoleSink
-from runtime.commands.select import competitors, identity, open_sink, resolve_domain, robot_key
+from runtime.commands.select import competitors, identity, open_sink, robot_key
 from runtime.commands.udp import UdpSink
 from runtime.robot_file import CommandConfig, ConsoleCommands, DdsCommands, Ros2Commands, UdpCommands
+from runtime.ros_names import resolve_domain
 
 
 def test_each_kind_gets_its_sink() -> None:
@@ -52,7 +53,7 @@ def test_the_domain(
         monkeypatch.delenv("ROS_DOMAIN_ID", raising=False)
     else:
         monkeypatch.setenv("ROS_DOMAIN_ID", variable)
-    assert resolve_domain(configured) == expected
+    assert resolve_domain(configured, CommandError) == expected
 
 
 @pytest.mark.parametrize("variable", ["robot", "-1", "233", "4.2", "٤"])
