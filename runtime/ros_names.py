@@ -1,4 +1,4 @@
-"""What ROS 2 calls things in DDS, for cameras and commands alike: the domain, and a topic's name on the wire."""
+"""What ROS 2 says of DDS, for cameras and commands alike: the domain, the interface, and a topic's name on the wire."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from bundle.errors import JetvlaError
 
 _HIGHEST_DOMAIN = 232  # above it DDS runs out of port numbers
+_LOOPBACK = "<CycloneDDS><Domain><General><Interfaces><NetworkInterface address='127.0.0.1'/></Interfaces></General></Domain></CycloneDDS>"
 
 
 def resolve_domain(configured: int | None, error: type[JetvlaError]) -> int:
@@ -36,3 +37,12 @@ def resolve_domain(configured: int | None, error: type[JetvlaError]) -> int:
 def dds_topic(topic: str) -> str:
     """ROS 2's name of a topic on the wire: `/cmd_vel` is `rt/cmd_vel`."""
     return "rt/" + topic.strip("/")
+
+
+def obey_localhost_only() -> None:
+    """Do what ROS 2's own middleware does for ROS_LOCALHOST_ONLY=1; a CYCLONEDDS_URI of the user's goes first.
+
+    To be called before every participant: cyclonedds reads its configuration once, for the first one of a domain in a process.
+    """
+    if os.environ.get("ROS_LOCALHOST_ONLY") == "1":
+        os.environ.setdefault("CYCLONEDDS_URI", _LOOPBACK)

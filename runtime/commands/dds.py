@@ -22,13 +22,12 @@ from bundle.errors import CommandError
 from runtime.commands.base import ZERO, Twist
 from runtime.commands.cdr import encode_frame_id, stamp
 from runtime.robot_file import DdsCommands
-from runtime.ros_names import dds_topic
+from runtime.ros_names import dds_topic, obey_localhost_only
 
 _MAX_BLOCKING_MS = 1
 _LAST_ACKS_S = 1
 _MOST_WRITERS = 1000  # in a domain
 _LOOK_S = 0.05
-_LOOPBACK = "<CycloneDDS><Domain><General><Interfaces><NetworkInterface address='127.0.0.1'/></Interfaces></General></Domain></CycloneDDS>"
 
 
 class DdsSink:
@@ -67,7 +66,7 @@ class DdsSink:
             ) from None
         self._messages = dds_messages
         self._exception = DDSException
-        _obey_ros_localhost_only()
+        obey_localhost_only()
         name = f"jetvla, process {os.getpid()} on {socket.gethostname()}"
         waiting = Policy.Reliability.Reliable(max_blocking_time=_MAX_BLOCKING_MS * 1_000_000)
         qos = Qos(
@@ -180,9 +179,3 @@ class DdsSink:
             got=got,
             hint="check `topic` and `domain` under [commands], CYCLONEDDS_URI, and this machine's network interfaces.",
         )
-
-
-def _obey_ros_localhost_only() -> None:
-    """Do what ROS 2's own middleware does for ROS_LOCALHOST_ONLY=1; a CYCLONEDDS_URI of the user's goes first."""
-    if os.environ.get("ROS_LOCALHOST_ONLY") == "1":
-        os.environ.setdefault("CYCLONEDDS_URI", _LOOPBACK)

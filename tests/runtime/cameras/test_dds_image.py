@@ -170,3 +170,16 @@ def test_without_cyclonedds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cyclonedds.core", None)
     with pytest.raises(CameraError, match=r"(?s)needs rclpy or cyclonedds.*jetvla\[dds\]"):
         open_camera(config())
+
+
+def test_ros_localhost_only_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A camera joins the domain first, and what it joined with holds for the commands too."""
+    monkeypatch.setenv("ROS_LOCALHOST_ONLY", "1")
+    monkeypatch.setenv("CYCLONEDDS_URI", "to be put back")
+    monkeypatch.delenv("CYCLONEDDS_URI")
+    camera = DdsCamera(config(domain=DOMAIN - 101 if DOMAIN >= 101 else 98))
+    camera.open()
+    try:
+        assert "127.0.0.1" in os.environ["CYCLONEDDS_URI"]
+    finally:
+        camera.close()
