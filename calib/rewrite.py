@@ -6,8 +6,9 @@ Three forms of the same integers:
   TensorRT 8.6 to 11 and OpenVINO fuse into an INT8 product. Opset 17; the islands around it stay fp32.
 * `ort-cpu`: ONNX Runtime's own QGemm on unsigned activations. Its CPU kernels are 30 times slower on signed ones, and it does not fuse the
   portable form (docs/lab-notes.md). uint8 with zero point 128 is the same grid, so the sums are the same.
-* `openvino`: the portable form with a Max behind every LayerNorm, which takes nothing away that quantizing would not. Without it OpenVINO
-  pulls gamma and beta into the quantization, which then runs alone and in fp32; with it the three run as one kernel: 0.85 of the step.
+* `openvino`: the portable form with two things added that change no number. A Max behind every LayerNorm, which takes nothing away that
+  quantizing would not: without it OpenVINO pulls gamma and beta into the quantization, which then runs alone and in fp32; with it the
+  three run as one kernel: 0.85 of the step. And rows of zeros under the input of some products (`_PADDED_TO`), cut off again behind them.
 
 Attention products, softmax, LayerNorm and residual sums stay as they are. A block that is not INT8 keeps its own weights and its own
 LayerNorm parameters: smoothing never reaches beyond a block.
@@ -31,6 +32,11 @@ from calib.stage_graph import Site, StageGraph, external_array
 
 _UNSIGNED_ZERO = 128
 _LOWEST = -128
+# oneDNN's INT8 product takes its rows in equal blocks of 16 to 64, or, if nothing divides them so (257 image tokens), in blocks of 64 and a
+# rest. That rest costs a pass over all weights, and where they do not fit a core's cache (more inputs than outputs) so does every block.
+# 264 rows, as 6 blocks of 44: 0.91 of the vision stage (docs/lab-notes.md).
+_BLOCK_ROWS = 64
+_PADDED_TO = 8
 
 
 @dataclass(frozen=True)
@@ -95,14 +101,36 @@ class _Writer:
                 inputs.append(self._stored(f"{site.weight}.bias32"))
             self._add("QGemm", inputs, output, name=node.name, domain="com.microsoft", transB=1)
         else:
-            activation = self._dequantized(quantized, scale_name, zero_name)
+            activation = self._dequantized(self._padded(quantized, self._rows_to_add(site)), scale_name, zero_name)
             self._add("DequantizeLinear", [weight, weight_scale, zero], f"{weight}.float", axis=0)
             inputs = [activation, f"{weight}.float"]
             if site.bias is not None:
                 inputs.append(self._stored(f"{site.weight}.bias"))
-            self._add("Gemm", inputs, output, name=node.name, transB=1)
+            self._gemm(node.name, inputs, output, self._rows_to_add(site))
         if half:
             self._add("Cast", [output], node.output[0], to=TensorProto.FLOAT16)
+
+    def _rows_to_add(self, site: Site) -> int:
+        n, k = site.shape
+        rows = self._graph.rows(site)
+        return -rows % _PADDED_TO if self._form == "openvino" and rows > _BLOCK_ROWS and k > n else 0
+
+    def _padded(self, quantized: str, more: int) -> str:
+        name = f"{quantized}.padded"
+        if more and name not in self._made:
+            pads = self._constant(f"rows.{more}", np.array([0, 0, more, 0], np.int64))
+            self._add("Pad", [quantized, pads], name)
+        return name if more else quantized
+
+    def _gemm(self, name: str, inputs: list[str], output: str, more: int) -> None:
+        """A product; if rows were added to its input, without them."""
+        whole = f"{output}.padded" if more else output
+        self._add("Gemm", inputs, whole, name=name, transB=1)
+        if more:
+            cut = [("rows.first", 0), (f"rows.minus.{more}", -more), ("rows.axis", 0)]
+            self._add(
+                "Slice", [whole, *(self._constant(key, np.array([value], np.int64)) for key, value in cut)], output
+            )
 
     def model(self) -> onnx.ModelProto:
         """The graph without nodes that nothing reads any more (casts in front of products)."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,17 @@ class StageGraph:
     def unmap(self) -> None:
         """Let go of the weights, which count as this process's memory; `array` maps them again."""
         self._mapped.clear()
+
+    def rows(self, site: Site) -> int:
+        """How many rows the product has: tokens, or 1 in the action head."""
+        return self._rows[site.name]
+
+    @cached_property
+    def _rows(self) -> dict[str, int]:
+        inferred = onnx.shape_inference.infer_shapes(self.model, strict_mode=True).graph
+        shapes = {value.name: value.type.tensor_type.shape for value in (*inferred.value_info, *inferred.output)}
+        outputs = {node.name: node.output[0] for node in self.model.graph.node if node.op_type == "Gemm"}
+        return {site.name: shapes[outputs[site.name]].dim[0].dim_value for site in self.sites}
 
     def producers(self) -> dict[str, onnx.NodeProto]:
         """The node that makes each tensor."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, get_args
 import numpy as np
 import onnx
 import pytest
+from msgspec import structs
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
@@ -19,6 +21,7 @@ from calib.calibrate import How
 from calib.int8_weights import DataFile, add_site
 from calib.rewrite import Integers, check, pack, rewrite
 from calib.stage_graph import STAGES, Site, StageGraph
+from runtime.backends.ort import OrtBackend
 from tests.calib.conftest import Built
 from tests.calib.made import Prepared, prepare, run, run_model, seen_frames, stored
 
@@ -94,7 +97,9 @@ def test_products_are_those_of_the_integers(
     for site in sites:
         scale = np.float32(prepared.found[stage].scales[site.key])
         x = values[site.source].reshape(-1, site.shape[1]).astype(np.float32) / scale
-        integers = values[into[site.name]].reshape(x.shape).astype(np.int64) - (128 if form == "ort-cpu" else 0)
+        rows = values[into[site.name]].reshape(-1, site.shape[1])
+        assert (rows[len(x) :] == 0).all()  # what is added for OpenVINO
+        integers = rows[: len(x)].astype(np.int64) - (128 if form == "ort-cpu" else 0)
         # The runtime leaves an fp16 rounding out where it can: then what was quantized is finer than what it shows.
         slack = 0 if values[site.source].dtype == np.float32 else 2e-3 * np.abs(x)
         assert (np.abs(integers - np.clip(x, -128, 127)) <= 0.5 + slack).all()
@@ -108,7 +113,7 @@ def test_products_are_those_of_the_integers(
             expected = (sums + arrays[f"{site.weight}.bias32"]) * steps
         else:
             expected = sums * steps + arrays[f"{site.weight}.bias"]
-        got = values[products[site.name].output[0]]
+        got = values[products[site.name].output[0]][: len(expected)]
         assert got.dtype == np.float32
         size = np.abs(integers) @ np.abs(arrays[f"{site.weight}.int8"].astype(np.int64)).T * steps
         assert (np.abs(got.reshape(expected.shape) - expected) <= 1e-5 * (size + np.abs(expected)) + 1e-7).all()
@@ -266,7 +271,7 @@ def test_attention_stays_in_floating_point(fp32: Prepared, form: Form, stage: st
     by_output, products = nodes_by_output(model), {"Gemm", "QGemm"}
     for node in model.graph.node:
         sources = {by_output[name].op_type for name in node.input if name in by_output}
-        if node.op_type not in (*products, "DequantizeLinear"):
+        if node.op_type not in (*products, "DequantizeLinear", "Pad"):
             assert not sources & {"QuantizeLinear", "DequantizeLinear"}
 
 
@@ -286,6 +291,58 @@ def test_openvino_finds_a_max_between_norm_and_quantization(fp32: Prepared) -> N
                 assert arrays[before.input[1]] == pytest.approx(-128 * arrays[node.input[1]])
     kinds = [node.op_type for node in made(fp32, "language", SUBSETS["language"]["all"], "openvino").graph.node]
     assert kinds.count("Max") == 8
+
+
+def with_and_without_rows(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+    """Vision for OpenVINO, its products with rows added, and with as many as there are tokens."""
+    padded = made(prepared, "vision", SUBSETS["vision"]["all"], "openvino")
+    monkeypatch.setattr("calib.rewrite._BLOCK_ROWS", 1000)
+    return padded, made(prepared, "vision", SUBSETS["vision"]["all"], "openvino")
+
+
+def test_openvino_gets_rows_that_divide_well_where_weights_are_read_more_than_once(
+    fp32: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = fp32.graphs[fp32.first("vision")]
+    model, plain = with_and_without_rows(fp32, monkeypatch)
+    sites = [site for site in graph.sites if site.shape[1] > site.shape[0]]
+    assert {site.name.rpartition("/")[2] for site in sites} == {"fc2"}
+    assert {graph.rows(site) for site in sites} == {257}
+    by_output, products = nodes_by_output(model), {node.name: node for node in model.graph.node}
+    for site in sites:
+        pad = by_output[integers_into(model, site)]
+        assert pad.op_type == "Pad"
+        assert list(stored(fp32.folder, model)[pad.input[1]]) == [0, 0, 7, 0]
+        (cut,) = (node for node in model.graph.node if products[site.name].output[0] in node.input)
+        assert cut.op_type == "Slice"
+    kinds = [node.op_type for node in plain.graph.node]
+    assert "Pad" not in kinds
+    added = [node.op_type for node in model.graph.node]
+    assert sorted(added) == sorted([*kinds, *["Pad", "Slice"] * len(sites)])
+    for form in ("portable", "ort-cpu"):
+        assert "Pad" not in [node.op_type for node in made(fp32, "vision", SUBSETS["vision"]["all"], form).graph.node]
+
+
+def test_rows_that_were_added_change_nothing(fp32: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain = with_and_without_rows(fp32, monkeypatch)
+    assert largest(result(fp32, "vision", model), result(fp32, "vision", plain)) <= 1e-6
+
+
+@pytest.mark.skipif(importlib.util.find_spec("onnxruntime_ep_openvino") is None, reason="OpenVINO is not installed")
+def test_rows_that_were_added_change_no_bit_in_openvino(fp32: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = fp32.manifest.graph("vision")
+    backend = OrtBackend("ort:openvino", threads=1)
+    found = []
+    for model in with_and_without_rows(fp32, monkeypatch):
+        path = fp32.folder / ".rows.onnx"
+        path.write_bytes(model.SerializeToString())
+        stage = backend.load(fp32.folder, structs.replace(graph, file=path.name))
+        found.append(stage.run(fp32.feeds[fp32.first("vision")])["image_tokens"].copy())
+        path.unlink()
+    assert np.isfinite(found[0]).all()
+    assert np.array_equal(found[0], found[1])
 
 
 def test_a_tensor_is_quantized_once_for_all_that_read_it_alike(fp32: Prepared) -> None:
@@ -353,7 +410,8 @@ def test_an_fp16_stage_has_the_types_that_it_had(
         assert after[name].shape == before[name].shape
         half = graph.array(site.weight).dtype == np.float16
         assert before[name].dtype == (np.float16 if half else np.float32)
-        assert products[site.name].output[0] == (f"{name}.fp32" if half else name)
+        output = products[site.name].output[0].removesuffix(".padded")
+        assert output == (f"{name}.fp32" if half else name)
     kinds = {proto.name: proto.data_type for proto in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
