@@ -18,6 +18,7 @@ from pathlib import Path
 
 from bench.nvml import Nvml, open_nvml
 from bench.results import Fact, Fingerprint
+from runtime.processor import processor_name
 
 _COMMAND_S = 5.0
 _PACKAGES = (
@@ -116,15 +117,13 @@ def _device(root: Path) -> Fact:
 
 
 def _cpu_model(root: Path) -> Fact:
-    text = _read(root / "proc/cpuinfo") or ""
-    for key in ("model name", "Hardware", "CPU part"):
-        found = re.search(rf"^{key}\s*:\s*(.+)$", text, re.MULTILINE)
-        if found:
-            flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
-            known = {"amx_bf16", "amx_int8", "avx512_vnni", "avx512_bf16", "avx2", "asimd", "asimddp", "i8mm", "bf16"}
-            shown = sorted(known & set(flags[1].split())) if flags else []
-            return Fact(value=f"{found[1].strip()} ({', '.join(shown)})" if shown else found[1].strip())
-    return Fact(value=None, note="not in /proc/cpuinfo")
+    name = processor_name(root)
+    if name is None:
+        return Fact(value=None, note="not in /proc/cpuinfo")
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _read(root / "proc/cpuinfo") or "", re.MULTILINE)
+    known = {"amx_bf16", "amx_int8", "avx512_vnni", "avx512_bf16", "avx2", "asimd", "asimddp", "i8mm", "bf16"}
+    shown = sorted(known & set(flags[1].split())) if flags else []
+    return Fact(value=f"{name} ({', '.join(shown)})" if shown else name)
 
 
 def _online(root: Path) -> str:

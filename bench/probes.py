@@ -26,6 +26,7 @@ from bench.probe_graphs import ProbeGraph
 from bench.roofline import Precision, precision_of
 from bench.workload import Op
 from runtime.backends.base import Feeds, Stage
+from runtime.processor import processor_name
 
 _SAMPLE_S = 0.12
 _RUNS = 4
@@ -52,14 +53,15 @@ Stages = Sequence[tuple[Sequence[Op], Precision]]
 def machine_of(backend: str, threads: int) -> Machine:
     """This machine, as calibrations know it; `threads` must not be 0."""
     version = _version("onnxruntime") or _version("onnxruntime-gpu")
+    here = processor_name() or platform.machine()
     if version is None:
-        return Machine(processor=_cpu(), threads=threads, backend="numpy", version=np.__version__)
+        return Machine(processor=here, threads=threads, backend="numpy", version=np.__version__)
     if backend not in ON_CPU:
         with open_nvml() as gpu:
             return Machine(
-                processor=gpu.name or f"GPU beside {_cpu()}", threads=threads, backend=backend, version=version
+                processor=gpu.name or f"GPU beside {here}", threads=threads, backend=backend, version=version
             )
-    return Machine(processor=_cpu(), threads=threads, backend=backend, version=version)
+    return Machine(processor=here, threads=threads, backend=backend, version=version)
 
 
 def measure(
@@ -269,15 +271,6 @@ def _product(want: Wanted, flops: float) -> Product:
 
 def _key(product: Product) -> tuple[object, ...]:
     return (product.m, product.n, product.k, product.batch, product.cold, product.precision)
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.lower().startswith(("model name", "hardware")))
-    return next(names, "") or platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:

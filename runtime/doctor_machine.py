@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bundle.errors import BackendError
 from runtime.backends.select import NAMES, open_backend
+from runtime.processor import processor_name
 
 # By the names of distributions; some have several, of which one is installed at most.
 LIBRARIES = (
@@ -44,10 +45,9 @@ def machine_lines(root: Path = Path("/")) -> list[str]:
     """System, processor, memory; on a Jetson also which one, and its release."""
     system = re.search(r'^PRETTY_NAME="?([^"\n]+)', _read(root / "etc/os-release"), re.MULTILINE)
     memory = re.search(r"^MemTotal:\s+(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE)
-    processor = re.search(r"^model name\s*:\s*(.+)$", _read(root / "proc/cpuinfo"), re.MULTILINE)
     lines = [
         f"{system[1] if system else platform.system()}, kernel {platform.release()}, {platform.machine()}",
-        f"{processor[1] if processor else 'processor unknown'}, {len(os.sched_getaffinity(0))} CPUs for this process, "
+        f"{processor_name(root) or 'processor unknown'}, {len(os.sched_getaffinity(0))} CPUs for this process, "
         + (f"{int(memory[1]) / 2**20:.1f} GiB" if memory else "memory unknown"),
     ]
     model = _read(root / "proc/device-tree/model").strip("\0\n ")
