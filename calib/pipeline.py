@@ -32,11 +32,14 @@ from calib.stage_graph import STAGES, StageGraph, read_stage
 from calib.workspace import Workspace, remove_workspaces, request_sha256
 from export.console import Reporter
 from runtime.instruction import load_embedding, prompt_tensors
+from runtime.processor import processor_name
 
 __all__ = ["STEPS", "QuantizeConfig", "quantize"]
 
 STEPS = 6
 Floats = NDArray[np.float32]
+# A bundle that was built for an instruction wastes fewer: its lengths are multiples of 8.
+_WASTED_SLOTS = 8
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -113,7 +116,7 @@ def _quantize(bundle: Path, config: QuantizeConfig, reporter: Reporter) -> Path:
             calibrations=found,
             acceptances=acceptances,
             measured=measured,
-            machine=_machine(),
+            machine=processor_name() or platform.machine(),
             seconds=dict(reporter.seconds),
         )
         publish(bundle, manifest, workspace, graphs, integers, result, frame_finder(data), reporter)
@@ -196,18 +199,28 @@ def _floating(manifest: Manifest) -> Manifest:
 
 
 def _note_buckets(manifest: Manifest, data: Data, folder: Path, reporter: Reporter) -> None:
-    """Say which sequence lengths no recorded instruction uses: they run the same integers, and nobody has looked."""
+    """Say which sequence lengths no recorded instruction uses (they run the same integers, nobody has looked), and which are too long."""
     embedding = load_embedding(folder)
     told = {each.instruction for each in data.seen} | {each.stretch.instruction for each in (*data.search, *data.test)}
-    used = {
-        prompt_tensors(folder, manifest, embedding, manifest.prompt.buckets, instruction=each).bucket for each in told
+    prompts = {
+        each: prompt_tensors(folder, manifest, embedding, manifest.prompt.buckets, instruction=each) for each in told
     }
-    unused = sorted(set(manifest.prompt.buckets) - used)
+    used: dict[int, tuple[int, str]] = {}  # what needs most of a length, by length
+    for each, prompt in prompts.items():
+        own = (int(prompt.action_index[-1]) + 1, each)
+        used[prompt.bucket] = max(own, used.get(prompt.bucket, own))
+    unused = sorted(set(manifest.prompt.buckets) - used.keys())
     if unused:
         lengths = ", ".join(map(str, unused))
         reporter.warn(
             f"no recorded instruction is as long as {lengths} slots: not calibrated or judged on at that length."
         )
+    for length, (needed, longest) in sorted(used.items()):
+        if length - needed >= _WASTED_SLOTS:
+            reporter.warn(
+                f"recorded instructions run at {length} slots and need {needed}: "
+                f"a bundle built with --instruction {longest!r} takes less time."
+            )
 
 
 def _float_sha256(manifest: Manifest) -> str:
@@ -223,11 +236,3 @@ def _code_sha256() -> str:
     """Of everything that computes or measures."""
     paths = [path for folder in ("calib", "runtime") for path in sorted((_ROOT / folder).rglob("*.py"))]
     return request_sha256([sha256_file(path) for path in paths], onnxruntime.__version__)
-
-
-def _machine() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

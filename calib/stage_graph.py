@@ -131,15 +131,24 @@ def read_stage(
     Raises:
         BundleError: the file is not one that export wrote.
     """
+    graph = read_graph(folder, manifest, stage, sequence)
+    layers = manifest.dimensions.vision_layers if stage == "vision" else manifest.dimensions.text_layers
+    sites = _find_sites(stage, graph.model, graph.initializers, layers, layers_per_block)
+    return replace(graph, sites=sites)
+
+
+def read_graph(folder: Path, manifest: Manifest, stage: str, sequence: int | None) -> StageGraph:
+    """Read any graph of a bundle, an INT8 one too, without looking for sites.
+
+    Raises:
+        BundleError: the file is not ONNX.
+    """
     path = folder / manifest.graph(stage, sequence).file
     try:
         model = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf's own exception types share no public base
         raise BundleError(f"{path} is damaged", got=error, hint="copy the bundle again, or rebuild it.") from None
-    initializers = {proto.name: proto for proto in model.graph.initializer}
-    layers = manifest.dimensions.vision_layers if stage == "vision" else manifest.dimensions.text_layers
-    sites = _find_sites(stage, model, initializers, layers, layers_per_block)
-    return StageGraph(stage, folder, model, initializers, sites)
+    return StageGraph(stage, folder, model, {proto.name: proto for proto in model.graph.initializer}, ())
 
 
 def block_of(stage: str, node: str, layers: int, layers_per_block: int) -> str:

@@ -218,6 +218,7 @@ def test_lengths_that_nobody_has_looked_at_are_said(quantized: tuple[Path, str],
     manifest = Manifest.load(bundle)
     short, long = manifest.prompt.buckets
     assert f"warning: no recorded instruction is as long as {long} slots" in log
+    assert f"run at {short} slots" not in log  # the bundle was built for them
 
     def said(*told: str) -> str:
         reporter = Reporter(STEPS, quiet=True)
@@ -229,7 +230,26 @@ def test_lengths_that_nobody_has_looked_at_are_said(quantized: tuple[Path, str],
     text, wordy = manifest.prompt.instructions[0].text, " ".join(["go to the left of the basket"] * 7)
     assert f"as long as {short} slots" in said(wordy)
     assert f"as long as {long} slots" in said(text, text)
-    assert said(text, wordy).strip() == said(wordy, text).strip() == ""
+    assert said(text, wordy) == said(wordy, text)
+    assert "warning: no recorded" not in said(text, wordy)
+
+
+def test_lengths_that_are_too_long_are_said(built: Built) -> None:
+    """The recorded instruction would fit a shorter one, had the bundle been built for it."""
+    manifest = Manifest.load(built())
+    short, long = manifest.prompt.buckets
+
+    def said(told: str) -> str:
+        reporter = Reporter(STEPS, quiet=True)
+        held = (Held(Stretch(Path(), 0, 1, told), "b", np.zeros(0, np.uint8)),)
+        calib.pipeline._note_buckets(manifest, Data(None, (), (), held, ""), built(), reporter)
+        return reporter.log
+
+    longer = " ".join([manifest.prompt.instructions[0].text] * 2)
+    found = re.search(rf"run at {long} slots and need (\d+): .*{re.escape(repr(longer))}", said(longer))
+    assert found is not None
+    assert short < int(found[1]) <= long - 8
+    assert "slots and need" not in said(manifest.prompt.instructions[0].text)
 
 
 # --- heads and precisions -----------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from calib.search import MARGIN, Evaluation, Outcome, front, search
 
@@ -148,6 +149,52 @@ def test_of_latencies_that_are_the_same_the_most_int8(all_int8: float, chosen: t
     found = looked_up({"ab": 0.5, "a": 0.1, "b": 0.1}, {"ab": all_int8, "a": 10.0, "b": 10.3})
     assert found.chosen is not None
     assert found.chosen.int8 == chosen
+
+
+@pytest.mark.parametrize(
+    ("again", "chosen", "timed"),
+    [
+        ({"a": 10.3}, ("a", "b"), ["a"]),  # it was noise
+        ({"a": 9.1}, ("a",), ["a"]),
+        ({"a": 10.3, "b": 9.5}, ("b",), ["a", "b"]),
+        ({"a": 10.3, "b": 11.0}, ("a", "b"), ["a", "b"]),
+    ],
+)
+def test_less_int8_must_be_proved_faster(again: dict[str, float], chosen: tuple[str, ...], timed: list[str]) -> None:
+    errors, glances = {"ab": 0.5, "a": 0.1, "b": 0.1}, {"ab": 10.0, "a": 9.0, "b": 9.5 if "b" in again else 11.0}
+    try_, _ = made_up(lambda blocks: errors["".join(sorted(blocks))], lambda blocks: glances["".join(sorted(blocks))])
+    asked: list[str] = []
+
+    def retime(each: Evaluation) -> Evaluation:
+        asked.append("".join(each.int8))
+        return structs.replace(each, latency_ms=again[asked[-1]])
+
+    found = search("ab", 1.0, try_, retime)
+    assert found.chosen is not None
+    assert found.chosen.int8 == chosen
+    assert asked == timed
+    told = {"".join(each.int8): each.latency_ms for each in found.tried}
+    assert told == glances | {name: again[name] for name in timed}
+    assert found.without["b"].latency_ms == told["a"]
+
+
+@given(table=tables(), budget=st.floats(1e-3, 20), seed=st.integers(0, 99))
+def test_what_is_chosen_has_the_most_int8_or_was_timed_twice(
+    table: tuple[tuple[str, ...], Number, Number], budget: float, seed: int
+) -> None:
+    names, error, latency = table
+    timed: Counter[tuple[str, ...]] = Counter()
+
+    def retime(each: Evaluation) -> Evaluation:
+        timed[each.int8] += 1
+        return structs.replace(each, latency_ms=each.latency_ms * (0.5 + hash((seed, each.int8)) % 100 / 100))
+
+    outcome = search(names, budget, made_up(error, latency)[0], retime)
+    assert max(timed.values(), default=1) == 1
+    if outcome.chosen is not None:
+        most = max(len(each.int8) for each in outcome.tried if each.action_error <= MARGIN * budget)
+        assert len(outcome.chosen.int8) == most or outcome.chosen.int8 in timed
+        assert outcome.chosen in outcome.tried
 
 
 def test_of_as_much_int8_at_the_same_latency_the_most_exact() -> None:

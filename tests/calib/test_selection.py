@@ -191,6 +191,29 @@ def test_a_resumed_journal_is_on_one_scale(bench: Bench, monkeypatch: pytest.Mon
     assert len(journal.read_bytes().splitlines()) == len(lines)
 
 
+def test_floating_point_does_not_win_by_a_glance(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disturbed machine times one assignment too fast; timed at length it is not, and the journal keeps that."""
+    asked: list[int] = []
+
+    def times(policies: Sequence[Policy], held: Held, rounds: int) -> list[dict[str, float]]:
+        asked.append(rounds)
+        # In turn: the base, everything in INT8, and then what is without the first block.
+        factors = [0.5 if len(asked) == 3 else 1.3, 1.0] if len(policies) == 2 else [1.0]
+        return [dict.fromkeys(("vision", "language", "action_head"), factor) for factor in factors]
+
+    monkeypatch.setattr(calib.selection, "stage_times", times)
+    run, reporter = bench.select(keep_float=KEPT)
+    found = run.search(run._trials("ort:cpu"), run.references())
+    assert found.chosen == found.all_int8
+    assert asked == [9, 9, 9, 9, 9, 25]
+    assert "when timed again" in reporter.log
+    again = found.tried[1]
+    assert again.latency_ms > found.all_int8.latency_ms
+    first, *_, last = (each for each in bench.workspace.journal(Evaluation) if each.int8 == again.int8)
+    assert last == again
+    assert first.latency_ms < found.all_int8.latency_ms
+
+
 def test_what_is_not_a_number_is_remembered_and_never_chosen(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """JSON has no NaN: a journal with one would be tried again for ever."""
 

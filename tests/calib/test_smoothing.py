@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from calib.calibrate import smoothing_factors
+from calib.folding import fold
 from calib.smoothing import factors, fold_norm, fold_weight
 from calib.stage_graph import StageGraph
 from tests.calib.made import Prepared, run_model
@@ -28,14 +29,8 @@ def folded(
 ) -> onnx.ModelProto:
     """The graph with factors by LayerNorm moved into its weights; of LayerNorms, these inputs take part."""
     nodes = {node.name: node for node in graph.model.graph.node}
-    changed: dict[str, Floats] = {}
-    for norm, s in factors_of.items():
-        for index in parameters:
-            name = nodes[norm].input[index]
-            changed[name] = fold_norm(graph.array(name), s)
-    for site in graph.sites:
-        if site.norm is not None and site.norm in factors_of:
-            changed[site.weight] = fold_weight(graph.array(site.weight), factors_of[site.norm])
+    left = {nodes[norm].input[index] for norm in factors_of for index in {1, 2} - set(parameters)}
+    changed = {name: value for name, value in fold(graph, factors_of).items() if name not in left}
     model = onnx.ModelProto()
     model.CopyFrom(graph.model)
     for proto in model.graph.initializer:
