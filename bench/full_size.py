@@ -79,7 +79,7 @@ def _build(config: FullSizeConfig, bundle: Path) -> dict[str, Any]:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         timed[name] = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
-    report = json.loads((bundle / "reports" / "build.json").read_text())
+    report = json.loads((bundle / "reports" / "build.json").read_text(encoding="utf-8"))
     return {**timed, "steps_s": report["seconds"], "build_peak_rss_gb": round(peak, 2)}
 
 

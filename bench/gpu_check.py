@@ -112,7 +112,7 @@ def check(config: CheckConfig, console: Console) -> dict[str, object]:
         "candidates": rows,
         "skipped": skipped,
         "engine_parity": {
-            path.parent.name: json.loads(path.read_text())
+            path.parent.name: json.loads(path.read_text(encoding="utf-8"))
             for path in sorted((config.bundle / ENGINES).glob(f"*/{ENGINE_PARITY}"))
         },
     }

@@ -103,7 +103,7 @@ def soak(
     with FakePlant() as plant:
         recorder = Recorder(folder=str(folder / "recordings"), max_total_gb=0.2, max_file_mb=40.0)
         robot = drawn_robot("soak", manifest.action, plant.port, gain=_GAIN, hz=hz, safety=_SAFETY, recorder=recorder)
-        (folder / "robot.toml").write_text(to_toml(robot))
+        (folder / "robot.toml").write_text(to_toml(robot), encoding="utf-8")
         command = [
             *(
                 sys.executable,
@@ -139,7 +139,7 @@ def soak(
         if process.returncode != 0:
             raise ConfigError(
                 f"run_robot ended with code {process.returncode}",
-                got=(folder / "stderr.txt").read_text()[-500:],
+                got=(folder / "stderr.txt").read_text(encoding="utf-8")[-500:],
                 hint=f"the whole of it is in {folder / 'stderr.txt'}.",
             )
         summary = json.loads(out)

@@ -156,7 +156,7 @@ def _setup(folder: Path, config: TrainingSpeedConfig, adapters: str) -> Setup:
         "data": {"sources": [{"files": ["episodes/*.h5"]}]},
         "model": {"hidden": hidden, "dropout": 0.0, "lora": lora},
     }
-    path.write_text(json.dumps(values))
+    path.write_text(json.dumps(values), encoding="utf-8")
     setup = prepare(gather(load_run_config(path)), torch.device("cpu"))
     _stir(setup.policy)
     return setup

@@ -386,6 +386,7 @@ class Manifest(_Strict, frozen=True):
         if self.quantized is None:
             raise BundleError(
                 "the bundle has no INT8 variant",
+                got=f"its {self.precision} stages alone",
                 expected="one made by calib/quantize.py",
                 hint="python calib/quantize.py BUNDLE EPISODES makes one, or leave --precision int8 out.",
             )

@@ -64,7 +64,8 @@ class Recording:
                 f"{index}.image_tokens": steps[-1].image_tokens,
             }
         with (folder / RECORDING_NAME).open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
+            # numpy 1 would store allow_pickle=False as one more array.
+            np.savez(file, **arrays)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, folder: Path) -> Recording:

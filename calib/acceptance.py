@@ -24,8 +24,9 @@ from runtime.actions import action_error, denormalize
 # a start only from twice that, so that a command that hovers about the threshold is no event.
 _MOVES = 0.05
 _STARTS = 0.1
-# Of the frames. At the edge between two commands any rounding decides, so a single frame must not judge; at six frames a second this is
-# one in 17 s, a hand's breadth on the floor. More is another way of driving.
+# Of the frames, and of all steps of their chunks: a late decision drives the later rows of the one before. At the edge between two
+# commands any rounding decides, so a single frame must not judge; at six frames a second this is one in 17 s, a hand's breadth on the
+# floor. More is another way of driving.
 _EVENTS = 0.01
 _WORST = 6
 
@@ -128,7 +129,8 @@ class Acceptance(_Strict, frozen=True):
     """The judgement, for JSON (where NaN becomes null).
 
     `action_error` is the largest error over frames, chunk steps and columns in the head's -1..1, `_p99` and `_mean` are over the same
-    numbers. `class_flips` and `gripper_flips` are None for other heads.
+    numbers. `class_flips` and `gripper_flips` are None for other heads. `changed_frames` are those whose step 0 is another decision on any
+    axis - reversed, a start, another class, the gripper's opposite - and `changed_steps` counts steps of all chunks by the same rule.
     """
 
     verdict: Literal["PASS", "FAIL"]
@@ -144,6 +146,8 @@ class Acceptance(_Strict, frozen=True):
     starts: tuple[Count, ...]
     class_flips: Flips | None
     gripper_flips: Flips | None
+    changed_frames: int
+    changed_steps: int
     worst: tuple[Worst, ...]
 
 
@@ -169,12 +173,19 @@ def _judged(streams: Sequence[Streamed], action: Action, budget: float, seed: in
     lengths = [len(each.reference) for each in streams]
     heads = np.concatenate([each.reference for each in streams]), np.concatenate([each.candidate for each in streams])
     largest = _largest(action)
-    direction_flips, starts = _events(reference[:, 0], candidate[:, 0], largest, action)
+    moves, reversed_, started = _events(reference, candidate, largest, action)
+    axes = action.names[: moves.shape[-1]]
+    direction_flips, starts = _counts(axes, reversed_, moves), _counts(axes, started, ~moves)
+    changed = np.any(reversed_ | started, axis=-1)  # [frames, n]
     class_flips = gripper_flips = None
     if action.head == "classes":
-        class_flips = _flips(heads[0].argmax(axis=-1), heads[1].argmax(axis=-1), _columns(action))
+        chosen = heads[0].argmax(axis=-1), heads[1].argmax(axis=-1)
+        class_flips = _flips(*chosen, _columns(action))
+        changed |= chosen[0] != chosen[1]
     if action.head == "actions_gripper":
-        gripper_flips = _flips((heads[0][..., -1] > 0).astype(int), (heads[1][..., -1] > 0).astype(int), ("-1", "+1"))
+        closed = (heads[0][..., -1] > 0).astype(int), (heads[1][..., -1] > 0).astype(int)
+        gripper_flips = _flips(*closed, ("-1", "+1"))
+        changed |= closed[0] != closed[1]
     most = float(errors.max())  # numpy's maximum keeps a NaN
     reasons = []
     if not most <= budget:
@@ -183,8 +194,17 @@ def _judged(streams: Sequence[Streamed], action: Action, budget: float, seed: in
     counts += [(f"{each.axis} starts where the reference stands", each.count) for each in starts]
     counts += [("another class", class_flips.frames)] if class_flips else []
     counts += [("gripper does the opposite", gripper_flips.frames)] if gripper_flips else []
-    limit = max(1.0, _EVENTS * len(errors))
-    reasons += [f"{what} in {n} of {len(errors)} frames, PASS up to {int(limit)}" for what, n in counts if n > limit]
+    frames, chunk = changed.shape
+    limit = max(1.0, _EVENTS * frames)
+    if changed[:, 0].sum() > limit:
+        kinds = ", ".join(f"{what} in {n}" for what, n in counts if n)
+        reasons.append(
+            f"another decision in {changed[:, 0].sum()} of {frames} frames, PASS up to {int(limit)} ({kinds})"
+        )
+    if changed.sum() > limit * chunk:
+        reasons.append(
+            f"another decision in {changed.sum()} of {changed.size} steps of the chunks, PASS up to {int(limit * chunk)}"
+        )
     return Acceptance(
         verdict="FAIL" if reasons else "PASS",
         reasons=tuple(reasons),
@@ -199,6 +219,8 @@ def _judged(streams: Sequence[Streamed], action: Action, budget: float, seed: in
         starts=starts,
         class_flips=class_flips,
         gripper_flips=gripper_flips,
+        changed_frames=int(changed[:, 0].sum()),
+        changed_steps=int(changed.sum()),
         worst=_worst(streams, errors, reference, candidate, action),
     )
 
@@ -270,15 +292,22 @@ def _axes(
 
 def _events(
     reference: NDArray[np.float64], candidate: NDArray[np.float64], largest: NDArray[np.float64], action: Action
-) -> tuple[tuple[Count, ...], tuple[Count, ...]]:
-    """Reversed directions, and starts out of a stop, by axis; a gripper has no direction."""
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]:
+    """Where the reference moves, where the candidate reverses it, and where it starts out of a stop: [frames, n, axes].
+
+    A gripper has no direction, and is left out.
+    """
+    axes = slice(-1) if action.head == "actions_gripper" else slice(None)
+    reference, candidate, largest = reference[..., axes], candidate[..., axes], largest[axes]
     moves = np.abs(reference) > _MOVES * largest
-    reversed_ = moves & (reference * candidate < 0)
-    started = ~moves & (np.abs(candidate) > _STARTS * largest)
-    axes = list(enumerate(action.names[:-1] if action.head == "actions_gripper" else action.names))
-    return (
-        tuple(Count(axis=name, count=int(reversed_[:, at].sum()), of=int(moves[:, at].sum())) for at, name in axes),
-        tuple(Count(axis=name, count=int(started[:, at].sum()), of=int((~moves[:, at]).sum())) for at, name in axes),
+    return moves, moves & (reference * candidate < 0), ~moves & (np.abs(candidate) > _STARTS * largest)
+
+
+def _counts(axes: Sequence[str], events: NDArray[np.bool_], possible: NDArray[np.bool_]) -> tuple[Count, ...]:
+    """Of step 0, by axis, from [frames, n, axes]."""
+    return tuple(
+        Count(axis=name, count=int(events[:, 0, at].sum()), of=int(possible[:, 0, at].sum()))
+        for at, name in enumerate(axes)
     )
 
 

@@ -58,6 +58,7 @@ class QuantizeConfig:
     json: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "max_action_error", float(self.max_action_error))  # 2 and 2.0 are one request
         _at_least("frames", self.frames, 1)
         _at_least("held_out", self.held_out, 1)
         _at_least("layers_per_block", self.layers_per_block, 1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -54,8 +54,8 @@ def read_data(config: QuantizeConfig, manifest: Manifest, reporter: Reporter) ->
     if len(manifest.preprocessing.cameras) != 1:
         raise EpisodeError(
             "recordings show one camera, and the policy has several",
-            got="episodes",
-            expected=", ".join(manifest.preprocessing.cameras),
+            got=f"a policy of {', '.join(manifest.preprocessing.cameras)} cameras",
+            expected="a policy of one camera",
             hint="without EPISODES, --allow-random tries speed and memory; accuracy cannot be judged on such recordings.",
         )
     sources = find_sources(config.episodes)
@@ -70,6 +70,7 @@ def read_data(config: QuantizeConfig, manifest: Manifest, reporter: Reporter) ->
             seed=config.seed,
             advance=advance,
         )
+    sample = replace(sample, notes=tuple(_readable(note) for note in sample.notes))
     for note in sample.notes:
         reporter.warn(note)
     _check_memory(sample, manifest)
@@ -112,7 +113,12 @@ def _made_up(config: QuantizeConfig, manifest: Manifest, reporter: Reporter) -> 
     pictures = random_sample(manifest, frames=config.frames + 2 * length, seed=config.seed)
     told = config.instruction or next((each.text for each in manifest.prompt.instructions), None)
     if told is None:
-        raise ConfigError("no instruction", expected="what the policy is told", hint="--instruction '...'")
+        raise ConfigError(
+            "no instruction",
+            got="none here, and none in the bundle",
+            expected="what the policy is told",
+            hint="--instruction '...'",
+        )
     seen = tuple(Seen(frame, told, "made-up") for frame in pictures[: config.frames])
     held = [
         Held(Stretch(Path(), 0, length, told), f"made-up-{part}", np.stack(pictures[start : start + length]))
@@ -145,7 +151,12 @@ def frame_finder(data: Data) -> Callable[[str, int], NDArray[np.uint8]]:
 def _names(sources: Sequence[Path]) -> dict[Path, str]:
     """Episodes by file name where that is enough to tell them apart."""
     count = Counter(source.name for source in sources)
-    return {source: source.name if count[source.name] == 1 else str(source) for source in sources}
+    return {source: _readable(source.name if count[source.name] == 1 else str(source)) for source in sources}
+
+
+def _readable(name: str) -> str:
+    """A file name that is not UTF-8, with its bytes escaped: it goes into JSON and onto a page."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def strata(sample: Sample | None) -> dict[str, int]:

@@ -1,8 +1,10 @@
 """What smoothing did to a published INT8 variant, shown on its floating-point graphs: nothing but rounding.
 
 The factors are taken from the variant's own files, as the quotient of a LayerNorm's parameters before and after. Each stage then runs
-twice in floating point, as it is and with the factors folded into LayerNorms and weights, on a frame that the bundle has recorded; and
-every integer of the variant is compared with the folded weight that it stands for.
+twice in floating point, as it is and with the factors folded into LayerNorms and weights, on a frame that the bundle has recorded. The
+integers, scales and biases of all stages are compared with the folded weights that they stand for, and every graph of every form and
+length must read the smoothed parameters exactly where its products read the smoothed weights. What an INT8 graph computes is not run
+here: quantizing judges that on recordings.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
-from bundle.errors import ConfigError
-from bundle.manifest import Manifest
+from bundle.errors import BackendError, ConfigError
+from bundle.manifest import MANIFEST_NAME, Manifest
 from bundle.recording import Recording
 from calib.smoothing import fold_norm, fold_weight
 from calib.stage_graph import Site, StageGraph, read_graph, read_stage
@@ -32,6 +34,9 @@ Feeds = dict[str, NDArray[Any]]
 _LIMITS = {"fp32": 1e-5, "fp16": 5e-3}
 # In steps of an integer: a half is rounding, the rest is fp32's own.
 _LIMIT_STEPS = 0.51
+_STAGES = ("vision", "language", "action_head")
+# onnxruntime takes a graph from memory with weights in files since this version.
+_RUNTIME = (1, 21)
 
 
 @dataclass(frozen=True)
@@ -40,9 +45,10 @@ class FoldCheck:
 
     Attributes:
         norms: LayerNorms with factors.
-        smallest, largest: factor.
-        difference: largest difference of the stage's output with and without them, relative to its largest value.
-        off: largest distance between an INT8 weight and the folded weight, in steps.
+        smallest, largest: factor; 1 where there are none.
+        difference: largest difference of the stage's output with and without them, relative to its largest value; 0 where there are none.
+        off: largest distance between an INT8 weight, or an int32 bias, and what it stands for, in steps.
+        misread: LayerNorms and products that read other parameters than they should, by graph.
         limit: of `difference`.
     """
 
@@ -52,61 +58,77 @@ class FoldCheck:
     largest: float
     difference: float
     off: float
+    misread: tuple[str, ...]
     limit: float
 
     @property
     def passed(self) -> bool:
-        return self.difference <= self.limit and self.off <= _LIMIT_STEPS
+        return self.difference <= self.limit and self.off <= _LIMIT_STEPS and not self.misread
 
 
 def check_folding(folder: Path, *, threads: int = 0, advance: Callable[[], None] = lambda: None) -> Iterator[FoldCheck]:
-    """Check every stage of a bundle whose LayerNorms were smoothed.
+    """Check every stage of a bundle that has INT8 products.
 
     Args:
-        advance: called after each of four steps a stage: two runs, the factors, the integers.
+        folder: of the bundle, or its manifest.
+        advance: called after each of three steps a stage: two runs, the integers.
 
     Raises:
+        BackendError: onnxruntime is too old.
         BundleError: the bundle is damaged.
         ConfigError: it has no INT8 variant.
     """
+    if tuple(int(part) for part in onnxruntime.__version__.split(".")[:2]) < _RUNTIME:
+        raise BackendError(
+            "this needs a newer ONNX Runtime",
+            got=onnxruntime.__version__,
+            expected=".".join(map(str, _RUNTIME)) + " or newer",
+            hint="pip install -U onnxruntime.",
+        )
+    folder = folder.parent if folder.name == MANIFEST_NAME else folder
     manifest = Manifest.load(folder)
     if manifest.quantized is None:
         raise ConfigError(
             "the bundle has no INT8 variant",
-            got=folder,
-            expected="one",
+            got=f"{folder}, floating point alone",
+            expected="a bundle that calib/quantize.py was run on",
             hint="python calib/quantize.py BUNDLE EPISODES",
         )
     manifest.verify(folder)
-    variant = manifest.int8()
     feeds, sequence = _vision_feed(folder), None
-    for stage in ("vision", "language"):
+    for stage in _STAGES:
         graph = read_stage(folder, manifest, stage, sequence=sequence, layers_per_block=1)
-        quantized = read_graph(folder, variant, stage, sequence)
+        quantized = read_graph(folder, manifest.int8(), stage, sequence)
         smoothing = stored_factors(graph, quantized)
-        advance()
-        plain = run_folded(graph, {}, feeds, threads=threads)
-        advance()
-        if smoothing:
-            changed = fold(graph, smoothing)
-            # Of LayerNorms, what the variant will really run.
-            stored = {name: f"{name}.smooth" for name in changed if f"{name}.smooth" in quantized.initializers}
-            changed |= {name: quantized.array(other).astype(np.float32) for name, other in stored.items()}
-            found = run_folded(graph, changed, feeds, threads=threads)
+        difference = 0.0
+        if stage != "action_head":  # no LayerNorm there
+            plain = run_folded(graph, {}, feeds, threads=threads)
             advance()
-            values = np.concatenate(list(smoothing.values()))
+            if smoothing:
+                changed = fold(graph, smoothing)
+                # Of LayerNorms, what the variant will really run.
+                stored = {name: f"{name}.smooth" for name in changed if f"{name}.smooth" in quantized.initializers}
+                changed |= {name: quantized.array(other).astype(np.float32) for name, other in stored.items()}
+                found = run_folded(graph, changed, feeds, threads=threads)
+                difference = float(np.abs(found - plain).max() / np.abs(plain).max())
+            advance()
+        if stage in manifest.quantized.stages:
+            values = np.concatenate([np.ones(1, np.float32), *smoothing.values()])
             yield FoldCheck(
                 stage,
                 len(smoothing),
                 float(values.min()),
                 float(values.max()),
-                float(np.abs(found - plain).max() / np.abs(plain).max()),
-                max(weight_error(graph, quantized, site, smoothing) for site in graph.sites),
-                _LIMITS[manifest.precision],
+                difference,
+                float(np.max([site_error(graph, quantized, site, smoothing) for site in graph.sites])),
+                tuple(_misread(folder, manifest, stage, graph, smoothing)),
+                _LIMITS[manifest.stages[stage].precision],
             )
-            advance()
+        advance()
         if stage == "vision":
             feeds, sequence = _language_feed(folder, manifest, plain)
+        else:
+            sequence = None
 
 
 def stored_factors(graph: StageGraph, quantized: StageGraph) -> dict[str, Floats]:
@@ -153,7 +175,7 @@ def run_folded(graph: StageGraph, changed: Mapping[str, Floats], feeds: Feeds, *
     for proto in model.graph.initializer:
         if proto.name not in changed:
             continue
-        value = changed[proto.name].astype(graph.array(proto.name).dtype)
+        value = changed[proto.name].astype(graph.array(proto.name).dtype, copy=False)
         if proto.data_location == TensorProto.EXTERNAL:
             kept.append(onnxruntime.OrtValue.ortvalue_from_numpy(value))
             options.add_external_initializers([proto.name], [kept[-1]])
@@ -164,15 +186,55 @@ def run_folded(graph: StageGraph, changed: Mapping[str, Floats], feeds: Feeds, *
     return output
 
 
-def weight_error(graph: StageGraph, quantized: StageGraph, site: Site, smoothing: Mapping[str, Floats]) -> float:
-    """Largest distance between an INT8 weight of a site and the weight that it stands for, in steps; 0 if it is none."""
+def site_error(graph: StageGraph, quantized: StageGraph, site: Site, smoothing: Mapping[str, Floats]) -> float:
+    """Largest distance between the integers of a site and what they stand for, in steps; 0 for one that stayed in floating point."""
     if f"{site.weight}.int8" not in quantized.initializers:
         return 0.0
+
+    def stored(part: str) -> Floats:
+        return quantized.array(f"{site.weight}.{part}").astype(np.float32)
+
     weight = graph.array(site.weight).astype(np.float32)
     if site.norm is not None and site.norm in smoothing:
         weight = fold_weight(weight, smoothing[site.norm])
-    steps = weight / quantized.array(f"{site.weight}.scale").astype(np.float32)[:, None]
-    return float(np.abs(steps - quantized.array(f"{site.weight}.int8").astype(np.float32)).max())
+    errors = [np.abs(weight / stored("scale")[:, None] - stored("int8")).max(), np.abs(stored("zero")).max()]
+    if site.bias is not None:
+        bias = graph.array(site.bias).astype(np.float32)
+        errors.append(0.0 if np.array_equal(bias, stored("bias")) else np.inf)
+    return float(np.max(errors))
+
+
+def _misread(
+    folder: Path, manifest: Manifest, stage: str, graph: StageGraph, smoothing: Mapping[str, Floats]
+) -> Iterator[str]:
+    """Nodes of all forms and lengths whose parameters are not those of the variant."""
+    assert manifest.quantized is not None
+    for entry in manifest.quantized.stages[stage].graphs:
+        variant = read_graph(folder, manifest.int8(entry.form), stage, entry.sequence)
+        nodes = {node.name: node for node in variant.model.graph.node if node.name}
+        producers = variant.producers()
+        for site in graph.sites:
+            product = nodes[site.name]
+            inputs = set(product.input)
+            for name in product.input:
+                if name in producers and producers[name].op_type == "DequantizeLinear":
+                    inputs |= set(producers[name].input)
+            integers = {f"{site.weight}.{part}" for part in ("int8", "scale", "zero")} <= inputs
+            if not integers and site.weight not in inputs:
+                yield f"{entry.file}: {site.name}"
+            norm = nodes[site.norm] if site.norm is not None else None
+            if norm is not None:
+                smooth = [name.endswith(".smooth") for name in norm.input[1:3]]
+                if smooth != [integers and site.norm in smoothing] * 2:
+                    yield f"{entry.file}: {norm.name}"
+            if entry.form == "ort-cpu" and integers and site.bias is not None:
+                activation, weight = (
+                    variant.array(name).astype(np.float64) for name in (product.input[1], f"{site.weight}.scale")
+                )
+                scales = activation * weight
+                steps = graph.array(site.bias).astype(np.float64) / scales
+                if not np.abs(steps - variant.array(f"{site.weight}.bias32").astype(np.float64)).max() <= _LIMIT_STEPS:
+                    yield f"{entry.file}: {site.name}, its bias"
 
 
 def _vision_feed(folder: Path) -> Feeds:

@@ -17,6 +17,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+from bundle.atomic import disk_errors
 from calib.smoothing import fold_norm, fold_weight
 from calib.stage_graph import Array, Site, StageGraph
 
@@ -93,9 +94,12 @@ def write_integers(graph: StageGraph, ranges: Ranges, path: Path, advance: Calla
 
     `W.int8` [N, K], `W.scale` [N], `W.zero` int8 [N], `W.bias32` int32 [N], `W.bias` float32 [N] for each site's weight W, and `P.smooth`
     for the parameters P of LayerNorms that take smoothing factors.
+
+    Raises:
+        StorageError: the disk is full.
     """
     norms = {node.name: node for node in graph.model.graph.node if node.op_type == "LayerNormalization"}
-    with DataFile(path) as file:
+    with disk_errors(path), DataFile(path) as file:
         for site in graph.sites:
             weight = graph.array(site.weight)
             smooth = None if site.norm is None else ranges.smoothing.get(site.norm)

@@ -7,7 +7,9 @@ stays, so it is the old one or the new one at any moment. What was finished befo
 
 from __future__ import annotations
 
+import importlib.metadata
 import platform
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from bundle.atomic import exclusive, recover, refuse_foreign
-from bundle.errors import BundleError
+from bundle.errors import BundleError, PromptError
 from bundle.hashing import sha256_file
 from bundle.manifest import MANIFEST_NAME, Manifest
 from calib.calibrate import How, StageCalibration, calibrate_stage, runs
@@ -27,12 +29,14 @@ from calib.int8_weights import Ranges, write_integers
 from calib.publish import PAGE, REPORT, Result, publish, read_request
 from calib.quantization_page import check_page
 from calib.rewrite import Integers
-from calib.selection import Selection
+from calib.selection import Selection, usable_backends
 from calib.stage_graph import STAGES, StageGraph, read_stage
 from calib.workspace import Workspace, remove_workspaces, request_sha256
 from export.console import Reporter
+from runtime.backends.ort_plugins import PLUGINS, plugin_installed
 from runtime.instruction import load_embedding, prompt_tensors
 from runtime.processor import processor_name
+from runtime.prompt import PromptTensors
 
 __all__ = ["STEPS", "QuantizeConfig", "quantize"]
 
@@ -49,6 +53,7 @@ def quantize(config: QuantizeConfig, reporter: Reporter | None = None) -> Path:
     Raises:
         BundleError: the bundle is damaged, or of another schema version.
         EpisodeError: the recordings are another robot's, too few, damaged, or show nothing.
+        PromptError: the bundle cannot take an instruction of theirs.
         CalibrationError: no INT8 variant stays within the budget (the message says what the best is), or the judgement on test frames
             failed. The bundle is as it was; what was found out is kept for another try.
         ConfigError, BackendError, StorageError: as their names say.
@@ -66,14 +71,19 @@ def _quantize(bundle: Path, config: QuantizeConfig, reporter: Reporter) -> Path:
     refuse_foreign(bundle)
     with reporter.step("Sample"):
         data = read_data(config, manifest, reporter)
+        notes = _length_notes(manifest, data, bundle)
+        for note in notes:
+            reporter.warn(note)
     if config.dry_run:
         reporter.result("dry run: nothing was written.")
         return bundle
     how = How(config.ranges, config.smoothing, config.layers_per_block, config.threads)
     request = request_sha256(
-        _float_sha256(manifest), data.sha256, held_sha256(data), msgspec.to_builtins(how), _code_sha256()
+        _float_sha256(manifest), data.sha256, held_sha256(data), msgspec.to_builtins(how), _code_sha256(), _here()
     )
-    wanted = request_sha256(request, config.max_action_error, sorted(config.keep_float), config.backend)
+    # A backend that was installed since has not been measured.
+    backends, _ = usable_backends(config)
+    wanted = request_sha256(request, config.max_action_error, sorted(config.keep_float), backends)
     if not config.force and _is_there(bundle, manifest, data.sha256, wanted):
         remove_workspaces(bundle)  # of a run that was killed when all was done
         reporter.result("the bundle has this variant already; --force makes it again.")
@@ -91,7 +101,6 @@ def _quantize(bundle: Path, config: QuantizeConfig, reporter: Reporter) -> Path:
     with reporter.step("Integers"):
         graphs = _read_graphs(workspace, manifest, config.layers_per_block)
         integers = _integers(workspace, graphs, found, reporter)
-    _note_buckets(manifest, data, workspace.folder, reporter)
     run = Selection(config, manifest, data, workspace, graphs, integers, reporter)
     with reporter.step("Search"):
         references = run.references()
@@ -108,7 +117,7 @@ def _quantize(bundle: Path, config: QuantizeConfig, reporter: Reporter) -> Path:
             request=wanted,
             config=config,
             strata=strata(data.sample),
-            notes=data.sample.notes if data.sample else (),
+            notes=(*(data.sample.notes if data.sample else ()), *notes),
             blocks=trials.blocks,
             chosen=chosen,
             outcome=outcome,
@@ -198,29 +207,46 @@ def _floating(manifest: Manifest) -> Manifest:
     return msgspec.structs.replace(manifest, quantized=None, files=files)
 
 
-def _note_buckets(manifest: Manifest, data: Data, folder: Path, reporter: Reporter) -> None:
-    """Say which sequence lengths no recorded instruction uses (they run the same integers, nobody has looked), and which are too long."""
+def _length_notes(manifest: Manifest, data: Data, folder: Path) -> list[str]:
+    """Lengths that run the same integers though nobody has looked at them, and instructions that run at more slots than they need.
+
+    Raises:
+        PromptError: an instruction is too long for the bundle or cannot be tokenised; it names the recording.
+    """
     embedding = load_embedding(folder)
-    told = {each.instruction for each in data.seen} | {each.stretch.instruction for each in (*data.search, *data.test)}
-    prompts = {
-        each: prompt_tensors(folder, manifest, embedding, manifest.prompt.buckets, instruction=each) for each in told
+    lengths = manifest.prompt.buckets
+
+    def prompts(told: Mapping[str, str]) -> dict[str, PromptTensors]:
+        found = {}
+        for instruction, episode in told.items():
+            try:
+                found[instruction] = prompt_tensors(folder, manifest, embedding, lengths, instruction=instruction)
+            except PromptError as error:
+                raise PromptError(
+                    f"{episode}: {error.what}", got=error.got, expected=error.expected, hint=error.hint
+                ) from None
+        return found
+
+    seen = prompts({each.instruction: each.episode for each in data.seen})
+    searched = prompts({each.stretch.instruction: each.episode for each in data.search})
+    judged = prompts({each.stretch.instruction: each.episode for each in data.test})
+    notes = []
+    for verb, part in (("calibrated", seen), ("judged", judged)):
+        unused = sorted(set(lengths) - {prompt.bucket for prompt in part.values()})
+        if unused:
+            slots = ", ".join(map(str, unused))
+            notes.append(f"not {verb} at {slots} slots: no instruction of those recordings is as long")
+    long = {
+        each: prompt
+        for each, prompt in (seen | searched | judged).items()
+        if prompt.bucket - int(prompt.action_index[-1]) - 1 >= _WASTED_SLOTS
     }
-    used: dict[int, tuple[int, str]] = {}  # what needs most of a length, by length
-    for each, prompt in prompts.items():
-        own = (int(prompt.action_index[-1]) + 1, each)
-        used[prompt.bucket] = max(own, used.get(prompt.bucket, own))
-    unused = sorted(set(manifest.prompt.buckets) - used.keys())
-    if unused:
-        lengths = ", ".join(map(str, unused))
-        reporter.warn(
-            f"no recorded instruction is as long as {lengths} slots: not calibrated or judged on at that length."
+    if long:
+        options = " ".join(f"--instruction {shlex.quote(each)}" for each in sorted(long))
+        notes.append(
+            f"recorded instructions run at more slots than they need: a bundle built with {options} takes less time"
         )
-    for length, (needed, longest) in sorted(used.items()):
-        if length - needed >= _WASTED_SLOTS:
-            reporter.warn(
-                f"recorded instructions run at {length} slots and need {needed}: "
-                f"a bundle built with --instruction {longest!r} takes less time."
-            )
+    return notes
 
 
 def _float_sha256(manifest: Manifest) -> str:
@@ -232,7 +258,17 @@ def _float_sha256(manifest: Manifest) -> str:
     )
 
 
+def _here() -> list[str]:
+    """What errors and milliseconds depend on besides our code: the processor, and the libraries that compute."""
+    versions = [
+        f"{plugin.package} {importlib.metadata.version(plugin.package)}"
+        for name, plugin in PLUGINS.items()
+        if plugin_installed(name)
+    ]
+    return [processor_name() or platform.machine(), onnxruntime.__version__, *versions]
+
+
 def _code_sha256() -> str:
     """Of everything that computes or measures."""
     paths = [path for folder in ("calib", "runtime") for path in sorted((_ROOT / folder).rglob("*.py"))]
-    return request_sha256([sha256_file(path) for path in paths], onnxruntime.__version__)
+    return request_sha256([sha256_file(path) for path in paths])

@@ -17,7 +17,7 @@ from bundle import engine_cache
 from bundle.atomic import link_or_copy, staged_directory
 from bundle.errors import CalibrationError
 from bundle.hashing import sha256_file
-from bundle.manifest import File, Form, Graph, Manifest, Measured, Quantized, Stage
+from bundle.manifest import MANIFEST_NAME, File, Form, Graph, Manifest, Measured, Quantized, Stage
 from calib.acceptance import Acceptance
 from calib.calibrate import StageCalibration
 from calib.config import QuantizeConfig
@@ -111,8 +111,7 @@ def publish(
     """
     with staged_directory(bundle) as staging:
         kept = dict(manifest.files)
-        others = [path for path in (bundle / "reports").glob("*") if path.is_file()]  # a latency report, say
-        for name in kept.keys() | {f"reports/{path.name}" for path in others} - {REPORT, PAGE}:
+        for name in sorted(kept.keys() | _unnamed(bundle)):
             link_or_copy(bundle / name, staging / name)
         (staging / "reports").mkdir(exist_ok=True)
         stages: dict[str, Stage] = {}
@@ -148,7 +147,7 @@ def publish(
         similarity, error = _golden(staging, draft, result, reporter)
         quantized = msgspec.structs.replace(quantized, golden_cosine=similarity, golden_error=error)
         (staging / REPORT).write_bytes(msgspec.json.format(msgspec.json.encode(_report(result)), indent=2) + b"\n")
-        (staging / PAGE).write_text(render(_page(bundle, result, frame)))
+        (staging / PAGE).write_text(render(_page(bundle, result, frame)), encoding="utf-8")
         for name in (REPORT, PAGE):
             files[name] = File(sha256=sha256_file(staging / name), bytes=(staging / name).stat().st_size)
         final = msgspec.structs.replace(manifest, quantized=quantized, files=kept | files)
@@ -159,6 +158,13 @@ def publish(
             reporter.result(f"{engines} engines kept")
         size = sum(stage.weight_bytes for stage in stages.values())
         reporter.result(f"{bundle}  INT8 {human_bytes(size)}  {quantized.verdict}  {bundle / PAGE}")
+
+
+def _unnamed(bundle: Path) -> set[str]:
+    """What lies in the bundle's folder and is not the bundle's: a latency report, somebody's robot file. Engines have their own way."""
+    own = {MANIFEST_NAME, REPORT, PAGE, *Manifest.load(bundle).files}
+    found = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
+    return {name for name in found - own if not name.startswith(f"{engine_cache.ENGINES}/")}
 
 
 def _write_stage(

@@ -101,10 +101,8 @@ def sentence(page: Page) -> str:
             f"the largest difference of any command is {_number(worst.chunk.max)} {worst.unit} in {worst.name}, "
             f"{_share(worst.chunk.max / worst.largest if worst.largest else 0.0)} of its largest"
         )
-    events = sum(each.count for each in (*found.direction_flips, *found.starts))
-    events += found.class_flips.frames if found.class_flips else 0
-    events += found.gripper_flips.frames if found.gripper_flips else 0
-    parts.append(f"{events or 'no'} changed decision{'' if events == 1 else 's'} in {found.frames} frames")
+    changed = found.changed_frames
+    parts.append(f"{changed or 'no'} changed decision{'' if changed == 1 else 's'} in {found.frames} frames")
     ratio = _ratio(page)
     if ratio is not None:
         parts.append(f"a step takes {ratio:.2g} of the time")

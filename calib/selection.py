@@ -1,12 +1,11 @@
 """Search, acceptance and measurement: which assignment a bundle gets, and on which backends it was proved.
 
-Drives calib/search.py with real trials on real backends. A backend that fails on the way is left out under `--backend auto`, with a
-warning, and is then not among those that run the variant by default.
+Drives calib/search.py with real trials on real backends. A backend that fails when it is tried first, or when it judges, is left out under
+`--backend auto`, with a warning, and is then not among those that run the variant by default.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from bundle.errors import BackendError, CalibrationError, ConfigError
 from bundle.manifest import Manifest, Measured
 from calib.acceptance import Acceptance, Streamed, judge
+from calib.assignments import HOPELESS, describe, number, safer
 from calib.config import QuantizeConfig
 from calib.data import Data
 from calib.rewrite import Integers
@@ -34,8 +34,25 @@ Floats = NDArray[np.float32]
 _GLANCE, _ROUNDS, _PROOF = 5, 9, 25
 # Safer assignments that are tried when the chosen one fails on the test frames.
 _SECOND_CHANCES = 3
-# Stands for an error that is not a number: JSON has none, and nothing is worse.
-_HOPELESS = 1e9
+
+
+def usable_backends(config: QuantizeConfig) -> tuple[list[str], list[str]]:
+    """Those that are asked for and work here, and a line for each that does not.
+
+    Raises:
+        BackendError: the one that was named does not work.
+    """
+    usable, left_out = [], []
+    for name in BACKENDS if config.backend == "auto" else (config.backend,):
+        try:
+            open_backend(name, threads=config.threads)
+        except BackendError as error:
+            if config.backend != "auto":
+                raise
+            left_out.append(f"{name} is left out: {error.what}")
+        else:
+            usable.append(name)
+    return usable, left_out
 
 
 class Selection:
@@ -81,19 +98,10 @@ class Selection:
         """Those that are installed and asked for, and have not failed."""
         if self._backends is not None:
             return self._backends
-        names = BACKENDS if self._config.backend == "auto" else (self._config.backend,)
-        usable = []
-        for name in names:
-            try:
-                open_backend(name, threads=self._config.threads)
-            except BackendError as error:
-                if self._config.backend != "auto":
-                    raise
-                self._reporter.result(f"{name} is left out: {error.what}")
-            else:
-                usable.append(name)
-        self._backends = usable
-        return usable
+        self._backends, left_out = usable_backends(self._config)
+        for line in left_out:
+            self._reporter.result(line)
+        return self._backends
 
     def _leave_out(self, name: str, error: BackendError) -> None:
         """Go on without a backend.
@@ -107,7 +115,11 @@ class Selection:
         self._backends = [other for other in self.backends() if other != name]
 
     def fastest_backend(self) -> Trials:
-        """The backend on which everything in INT8 takes the least time."""
+        """The backend on which everything in INT8 takes the least time; once found, a run that goes on keeps to it."""
+        known = self._workspace.load_fastest()
+        if known in self.backends():
+            self._reporter.result(f"searching on {known}, as before")
+            return self._trials(known)
         policies: dict[str, Policy] = {}
         try:
             for name in self.backends():
@@ -125,7 +137,9 @@ class Selection:
             for policy in policies.values():
                 policy.close()
         self._reporter.result("all INT8: " + ", ".join(f"{name} {ms:.4g} ms" for name, ms in totals.items()))
-        return self._trials(min(totals, key=lambda name: totals[name]))
+        fastest = min(totals, key=lambda name: totals[name])
+        self._workspace.save_fastest(fastest)
+        return self._trials(fastest)
 
     def search(self, trials: Trials, references: Mapping[str, Floats]) -> Outcome:
         """Find the fastest assignment within the budget.
@@ -183,7 +197,7 @@ class Selection:
             )
         if outcome.chosen is None:
             best = outcome.best
-            if best.action_error >= _HOPELESS:
+            if best.action_error >= HOPELESS:
                 raise CalibrationError(
                     "no INT8 variant stays within the budget",
                     got="commands that are not finite, whatever is left in floating point",
@@ -194,8 +208,8 @@ class Selection:
                 "no INT8 variant stays within the budget",
                 got=f"at best {best.action_error:.3g} ({describe(trials.blocks, best)})",
                 expected=f"at most {self._config.max_action_error:g} on held-out frames, searched with a margin of 20 %",
-                hint=f"--max-action-error {best.action_error * 1.35:.2g} would accept it; more --frames, --ranges minmax or smaller "
-                "--layers-per-block may help. What was computed is kept, so another try is quick.",
+                hint=f"the search would accept it with --max-action-error {best.action_error * 1.35:.2g}; "
+                "more --frames, --ranges minmax or smaller --layers-per-block may help. What was computed is kept: another try is quick.",
             )
         return outcome
 
@@ -216,8 +230,7 @@ class Selection:
             policy.close()
         streams = self._streams(held, references, actions)
         found = judge(streams, self._manifest.action, budget=self._config.max_action_error)
-        error = found.action_error if math.isfinite(found.action_error) else _HOPELESS
-        return Evaluation(trials.backend, tuple(sorted(chosen)), error, latency)
+        return Evaluation(trials.backend, tuple(sorted(chosen)), number(found.action_error), latency)
 
     def _retimed(self, trials: Trials, each: Evaluation, anchor: Policy, base: Mapping[str, float]) -> Evaluation:
         chosen = frozenset(each.int8)
@@ -257,37 +270,46 @@ class Selection:
             CalibrationError: none passed.
         """
         assert outcome.chosen is not None
-        target = outcome.chosen.action_error
-        safer = sorted((each for each in outcome.tried if each.action_error < target), key=lambda each: each.latency_ms)
-        first: Acceptance | None = None
-        for tries, chosen in enumerate((outcome.chosen, *safer[:_SECOND_CHANCES]), start=1):
-            found: dict[str, Acceptance] = {}
-            for name in [trials.backend, *(name for name in self.backends() if name != trials.backend)]:
-                try:
-                    acceptance = self._judge(name, frozenset(chosen.int8), references)
-                except BackendError as error:
-                    if name == trials.backend:
-                        raise
-                    self._leave_out(name, error)
-                    continue
-                self._reporter.result(
-                    f"{acceptance.verdict}: {name}, action error {acceptance.action_error:.3g} on {acceptance.frames} test frames"
-                )
-                for reason in acceptance.reasons:
-                    self._reporter.warn(reason)
-                found[name] = acceptance
-                if acceptance.verdict == "FAIL" and self._data.sample is not None:
-                    first = first or acceptance
-                    break
-            else:
-                return chosen, found, tries
-        assert first is not None
+        chosen: Evaluation | None = outcome.chosen
+        judged: list[tuple[Evaluation, Acceptance]] = []
+        while chosen is not None:
+            found = self._judge_everywhere(trials, chosen, references)
+            failed = next((each for each in found.values() if each.verdict == "FAIL"), None)
+            if failed is None or self._data.sample is None:  # made-up pictures judge nothing
+                return chosen, found, len(judged) + 1
+            judged.append((chosen, failed))
+            chosen = safer(outcome.tried, judged, _SECOND_CHANCES)
+        best, least = min(judged, key=lambda pair: number(pair[1].action_error))
         raise CalibrationError(
             "the INT8 variant does not do the same on test frames",
-            got="; ".join(first.reasons),
+            got="; ".join(judged[0][1].reasons),
             expected=f"action error at most {self._config.max_action_error:g}, and no changed decisions",
-            hint="a larger --max-action-error, more --held-out frames to search by, or --keep-float BLOCK.",
+            hint=f"of {len(judged)} assignments that were judged, {describe(trials.blocks, best)} is nearest: {'; '.join(least.reasons)}. "
+            "A larger --max-action-error, more --held-out frames to search by, or --keep-float BLOCK.",
         )
+
+    def _judge_everywhere(
+        self, trials: Trials, chosen: Evaluation, references: Mapping[str, Floats]
+    ) -> dict[str, Acceptance]:
+        """The judgement by backend; after a FAIL on recordings no further one is asked."""
+        found: dict[str, Acceptance] = {}
+        for name in [trials.backend, *(name for name in self.backends() if name != trials.backend)]:
+            try:
+                acceptance = self._judge(name, frozenset(chosen.int8), references)
+            except BackendError as error:
+                if name == trials.backend:
+                    raise
+                self._leave_out(name, error)
+                continue
+            self._reporter.result(
+                f"{acceptance.verdict}: {name}, action error {acceptance.action_error:.3g} on {acceptance.frames} test frames"
+            )
+            for reason in acceptance.reasons:
+                self._reporter.warn(reason)
+            found[name] = acceptance
+            if acceptance.verdict == "FAIL" and self._data.sample is not None:
+                break
+        return found
 
     def _judge(self, backend: str, chosen: frozenset[str], references: Mapping[str, Floats]) -> Acceptance:
         held = self._data.test
@@ -328,9 +350,3 @@ class Selection:
             Streamed(each.episode, each.stretch.start, each.stretch.instruction, references[each.key], found)
             for each, found in zip(held, actions, strict=True)
         ]
-
-
-def describe(blocks: Sequence[str], found: Evaluation) -> str:
-    """An assignment in words."""
-    rest = [block for block in blocks if block not in found.int8]
-    return "all INT8" if not rest else f"{', '.join(rest)} in floating point"

@@ -74,6 +74,14 @@ class Workspace:
         """Keep them: another measurement on another day is another scale."""
         write_bytes(self.folder / f"times.{backend.replace(':', '-')}.json", msgspec.json.encode(dict(times)))
 
+    def load_fastest(self) -> str | None:
+        """The backend that was searched on."""
+        return self._decode("fastest.json", str)
+
+    def save_fastest(self, backend: str) -> None:
+        """Keep it: on a near tie another measurement would begin another search."""
+        write_bytes(self.folder / "fastest.json", msgspec.json.encode(backend))
+
     def load_calibration(self, stage: str) -> StageCalibration | None:
         """What an earlier run finished."""
         arrays = self._load_arrays(f"calibration.{stage}.npz")
@@ -158,7 +166,8 @@ class Workspace:
         temporary = target.with_name(f".{name}.tmp")
         with disk_errors(target):
             with temporary.open("wb") as file:
-                np.savez(file, allow_pickle=False, **arrays)
+                # numpy 1 would store allow_pickle=False as one more array.
+                np.savez(file, **arrays)  # type: ignore[arg-type]
             publish_file(temporary, target)
 
     def _decode(self, name: str, kind: type[T]) -> T | None:

@@ -83,7 +83,7 @@ def run(config: BuildConfig, reporter: Reporter) -> None:
                         "the bundle's INT8 variant is not carried over: it was made of the old stages; calib/quantize.py makes it anew"
                     )
                 (staging / PARITY_REPORT).write_bytes(pretty_json(report))
-                (staging / _LOG_NAME).write_text(reporter.log)
+                (staging / _LOG_NAME).write_text(reporter.log, encoding="utf-8")
                 build_report = BuildReport(
                     request=request_sha256(config),
                     inputs=inputs,
@@ -279,4 +279,4 @@ def _keep_failure(target: Path, staging: Path, reporter: Reporter, error: Parity
             folder.unlink()
         folder.mkdir(exist_ok=True)
         shutil.copyfile(staging / PARITY_REPORT, folder / "parity.json")
-        (folder / "build.log").write_text(f"{reporter.log}\n{error}\n")
+        (folder / "build.log").write_text(f"{reporter.log}\n{error}\n", encoding="utf-8")

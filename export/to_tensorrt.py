@@ -168,7 +168,7 @@ def _inspect(tensorrt: TensorRT, request: EngineRequest) -> None:
     except (DeviceError, EngineError):
         return
     if text:
-        Path(request.layers_output).write_text(text)
+        Path(request.layers_output).write_text(text, encoding="utf-8")
 
 
 def _load(tensorrt: TensorRT, path: Path) -> tuple[Any, Any]:
@@ -181,7 +181,7 @@ def _load(tensorrt: TensorRT, path: Path) -> tuple[Any, Any]:
 
 def _peak_rss_mb() -> int:
     """Of this program; what getrusage says includes the process that started it."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) // 1024
     return 0

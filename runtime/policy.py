@@ -117,6 +117,7 @@ class Policy:
                 policy = cls(folder, view, opened)
                 if name != "fake":
                     golden.check(policy, folder)
+                policy._check_unreplaced()
             except (BackendError, BundleError) as error:
                 if policy is not None:
                     policy.close()
@@ -180,6 +181,11 @@ class Policy:
             attention_mask=attention_mask,
         )
         self._chain.set_prompt(prompt)
+        try:
+            self._check_unreplaced()  # in the meantime: the decoder of another length would be the other bundle's
+        except BundleError:
+            self.clear()
+            raise
 
     def _check_unreplaced(self) -> None:
         """Graphs of other buckets, embeddings and tokenizer are read when needed: they must be this bundle's still.

@@ -138,7 +138,7 @@ def _places(checkpoint: Path, written: str | None) -> list[Path]:
 
 def _is_kosmos(path: Path) -> bool:
     try:
-        return str(json.loads(path.read_text()).get("model_type")) == "kosmos-2"
+        return str(json.loads(path.read_text(encoding="utf-8")).get("model_type")) == "kosmos-2"
     except (ValueError, AttributeError, OSError):
         return False
 
@@ -150,7 +150,7 @@ def read_base_config(folder: Path) -> Kosmos2Config:
         ConfigError: no config.json of a Kosmos-2.
     """
     try:
-        values = json.loads((folder / "config.json").read_text())
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if values.get("model_type") != "kosmos-2":
             raise ValueError(f"model_type {values.get('model_type')!r}")
         return Kosmos2Config.from_dict(values)

@@ -199,7 +199,7 @@ def _refuse_rare(config: dict[str, Any]) -> None:
 
 def _read_object(path: Path, *, first: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(
             f"{path} does not exist", got=f"named by {first}" if path != first else None, hint="correct the path."

@@ -143,14 +143,15 @@ def read_steps(folder: Path) -> list[dict[str, float]]:
     if not path.exists():
         return []
     return [
-        {name: float(value) for name, value in row.items()} for row in csv.DictReader(io.StringIO(path.read_text()))
+        {name: float(value) for name, value in row.items()}
+        for row in csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))
     ]
 
 
 def _cut(path: Path, step: int) -> None:
     """Keep the whole lines of steps up to `step`; a line that a kill cut in two goes too."""
     kept = [",".join(_COLUMNS)]
-    lines = path.read_text().splitlines()[1:] if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines()[1:] if path.exists() else []
     for line in lines:
         fields = line.split(",")
         if len(fields) == len(_COLUMNS) and fields[0].isdigit() and int(fields[0]) <= step:

@@ -95,12 +95,14 @@ def test_a_bias_keeps_its_sign() -> None:
 def test_reversed_directions(count: int, verdict: str) -> None:
     candidate = steady()
     candidate[:count, 0, 0] = -0.5
-    candidate[:, 1:, 0] *= -1  # later steps are no direction of now
+    candidate[:2, 1, 0] *= -1  # later steps are no direction of now
     found = judged(steady(), candidate, budget=2)
     assert (found.direction_flips[0].count, found.direction_flips[1].count) == (count, 0)
     assert found.verdict == verdict
     if verdict == "FAIL":
-        assert found.reasons == ("direction of linear_x reversed in 3 of 200 frames, PASS up to 2",)
+        assert found.reasons == (
+            "another decision in 3 of 200 frames, PASS up to 2 (direction of linear_x reversed in 3)",
+        )
 
 
 @pytest.mark.parametrize(
@@ -130,7 +132,9 @@ def test_a_sign_of_nearly_nothing_is_no_direction_and_a_start_is_one_from_a_tent
     candidate[:5, 0, 1] = -0.101
     found = judged(reference, candidate, budget=2)
     assert [(each.count, each.of) for each in found.starts] == [(0, FRAMES), (5, FRAMES)]
-    assert found.reasons == ("linear_y starts where the reference stands in 5 of 200 frames, PASS up to 2",)
+    assert found.reasons == (
+        "another decision in 5 of 200 frames, PASS up to 2 (linear_y starts where the reference stands in 5)",
+    )
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -168,9 +172,37 @@ def test_the_gripper_has_flips_and_no_direction() -> None:
     assert (flips.frames, flips.steps, flips.of_frames, flips.of_steps) == (10, 11, FRAMES, FRAMES * CHUNK)
     assert [(pair.reference, pair.candidate, pair.frames, pair.steps) for pair in flips.pairs] == [("+1", "-1", 10, 11)]
     assert [each.axis for each in found.direction_flips] == ["linear_x"]
-    assert found.reasons == ("gripper does the opposite in 10 of 200 frames, PASS up to 2",)
+    assert found.reasons == (
+        "another decision in 10 of 200 frames, PASS up to 2 (gripper does the opposite in 10)",
+        f"another decision in 11 of {FRAMES * CHUNK} steps of the chunks, PASS up to {2 * CHUNK}",
+    )
     assert found.axes[1].now.max == 2
     assert found.axes[1].largest == 1
+
+
+def test_decisions_count_together_whatever_axis_they_are_on() -> None:
+    """Two reversed here, two started there: one robot that drives otherwise in four frames."""
+    reference, candidate = steady(), steady()
+    reference[100:, :, 1] = candidate[100:, :, 1] = 0
+    candidate[:2, 0, 0] *= -1
+    candidate[100:102, 0, 1] = 0.5
+    candidate[1, 0, 1] *= -1  # on another axis of a frame that counts already
+    found = judged(reference, candidate, budget=2)
+    assert [each.count for each in (*found.direction_flips, *found.starts)] == [2, 1, 0, 2]
+    assert (found.verdict, found.changed_frames, found.changed_steps) == ("FAIL", 4, 4)
+    assert (
+        judged(reference, np.where(np.arange(FRAMES)[:, None, None] < 100, candidate, reference), budget=2).verdict
+        == "PASS"
+    )
+
+
+@pytest.mark.parametrize(("late", "verdict"), [(2 * CHUNK, "PASS"), (2 * CHUNK + 1, "FAIL")])
+def test_later_steps_of_a_chunk_are_decisions_too(late: int, verdict: str) -> None:
+    """A late decision drives them; the frames' own first steps are all the same."""
+    reference, candidate = steady(3, 0.0), steady(3, 0.0)
+    candidate[:late, 1, 2] = 1
+    found = judged(reference, candidate, CLASSES, budget=2)
+    assert (found.verdict, found.changed_frames, found.changed_steps) == (verdict, 0, late)
 
 
 def test_classes_have_flips_with_names() -> None:
@@ -187,7 +219,10 @@ def test_classes_have_flips_with_names() -> None:
         ("F", "L", 4, 4),
         ("F", "Stop", 0, 2),
     ]
-    assert "another class in 4 of 200 frames, PASS up to 2" in found.reasons
+    assert any(
+        reason.startswith("another decision in 4 of 200 frames, PASS up to 2") and "another class in 4" in reason
+        for reason in found.reasons
+    )
     assert found.worst[0].column == "L"
     assert found.worst[0].candidate == pytest.approx((0.0, 1.15))
     assert found.starts[1].count == 4

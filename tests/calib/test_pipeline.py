@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -14,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 import calib.pipeline
-from bundle.errors import BundleError, CalibrationError, ConfigError, EpisodeError
+from bundle.errors import BundleError, CalibrationError, ConfigError, EpisodeError, PromptError
 from bundle.manifest import Form, Manifest
 from calib.calibrate import Seen, calibrate_stage
 from calib.data import Data
@@ -131,6 +132,41 @@ def test_the_second_time_there_is_nothing_to_do(quantized: tuple[Path, str], rec
     assert bundle.stat().st_ino == inode
 
 
+def test_a_backend_that_came_since_is_measured(
+    own_quantized: Path, recorded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under auto; the one that was named is all that counts otherwise."""
+    monkeypatch.setattr(calib.pipeline, "usable_backends", lambda _: (["ort:cpu", "ort:new"], []))
+    monkeypatch.setattr(calib.pipeline, "_calibrate", enough)
+    with pytest.raises(Enough):
+        quantize(config(own_quantized, recorded))
+
+
+@pytest.mark.parametrize("what", ["processor_name", "onnxruntime.__version__"])
+def test_on_another_machine_it_is_done_again(
+    own_quantized: Path, recorded: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Errors and milliseconds are those of a processor and of libraries."""
+    monkeypatch.setattr(f"calib.pipeline.{what}", "0.0" if "version" in what else lambda: "another")
+    monkeypatch.setattr(calib.pipeline, "_calibrate", enough)
+    with pytest.raises(Enough):
+        quantize(config(own_quantized, recorded))
+
+
+def test_what_others_put_into_the_bundles_folder_stays(own_quantized: Path, recorded: Path) -> None:
+    theirs = {"robot.toml": b"a", "reports/old/x.txt": b"b", "reports/latency.json": b"c", "notes/\xe4.md": b"d"}
+    for name, content in theirs.items():
+        (own_quantized / name).parent.mkdir(parents=True, exist_ok=True)
+        (own_quantized / name).write_bytes(content)
+    stale = set(Manifest.load(own_quantized).files)
+    quietly(config(own_quantized, recorded, force=True, keep_float=SOME))
+    for name, content in theirs.items():
+        assert (own_quantized / name).read_bytes() == content
+    left = {path.relative_to(own_quantized).as_posix() for path in own_quantized.rglob("*") if path.is_file()}
+    assert left == {*theirs, "manifest.json", *Manifest.load(own_quantized).files}
+    assert stale - left  # of the variant before
+
+
 @pytest.mark.parametrize(
     "options", [{"keep_float": ("action_head",)}, {"max_action_error": 1.9}, {"ranges": "minmax"}], ids=str
 )
@@ -212,44 +248,58 @@ def break_variant(bundle: Path, damage: str) -> None:
         manifest.verify(bundle)
 
 
+def length_notes(bundle: Path, seen: str, judged: str) -> list[str]:
+    """What is said after calibrating on one instruction and judging on another."""
+    manifest = Manifest.load(bundle)
+    held = (Held(Stretch(Path(), 0, 1, judged), "b", np.zeros(0, np.uint8)),)
+    data = Data(None, (Seen(np.zeros(0, np.uint8), seen, "a"),), (), held, "")
+    return calib.pipeline._length_notes(manifest, data, bundle)
+
+
 def test_lengths_that_nobody_has_looked_at_are_said(quantized: tuple[Path, str], built: Built) -> None:
     """Every sequence length gets the integers; recordings may tell nothing of some."""
     bundle, log = quantized
     manifest = Manifest.load(bundle)
     short, long = manifest.prompt.buckets
-    assert f"warning: no recorded instruction is as long as {long} slots" in log
-    assert f"run at {short} slots" not in log  # the bundle was built for them
-
-    def said(*told: str) -> str:
-        reporter = Reporter(STEPS, quiet=True)
-        seen = tuple(Seen(np.zeros(0, np.uint8), each, "a") for each in told[:1])
-        held = tuple(Held(Stretch(Path(), 0, 1, each), "b", np.zeros(0, np.uint8)) for each in told[1:])
-        calib.pipeline._note_buckets(manifest, Data(None, seen, (), held, ""), built(), reporter)
-        return reporter.log
+    for verb in ("calibrated", "judged"):
+        note = f"not {verb} at {long} slots: no instruction of those recordings is as long"
+        assert f"warning: {note}" in log
+        assert note in report_of(bundle).notes
+    assert "more slots than they need" not in log  # the bundle was built for them
 
     text, wordy = manifest.prompt.instructions[0].text, " ".join(["go to the left of the basket"] * 7)
-    assert f"as long as {short} slots" in said(wordy)
-    assert f"as long as {long} slots" in said(text, text)
-    assert said(text, wordy) == said(wordy, text)
-    assert "warning: no recorded" not in said(text, wordy)
+    for seen, judged, length in ((text, wordy, long), (wordy, text, short)):
+        first, second, *_ = length_notes(built(), seen, judged)
+        assert first.startswith(f"not calibrated at {length} slots")
+        assert second.startswith(f"not judged at {long + short - length} slots")
 
 
-def test_lengths_that_are_too_long_are_said(built: Built) -> None:
-    """The recorded instruction would fit a shorter one, had the bundle been built for it."""
+def test_lengths_that_are_too_long_are_said_in_one_line(built: Built) -> None:
+    """The recorded instructions would fit shorter ones, had the bundle been built for them."""
+    text = Manifest.load(built()).prompt.instructions[0].text
+    twice = " ".join([text] * 2)
+    *_, note = length_notes(built(), twice, "Don't stop, " + twice)
+    assert note.count("--instruction ") == 2
+    assert shlex.split(note.partition("built with ")[2].partition(" takes")[0])[1::2] == sorted(
+        [twice, "Don't stop, " + twice]
+    )
+    assert not any("more slots" in each for each in length_notes(built(), text, text))
+
+
+@pytest.mark.parametrize("part", ["seen", "search", "test"])
+def test_an_instruction_that_does_not_fit_names_its_recording(built: Built, part: str) -> None:
+    """Before anything is computed."""
     manifest = Manifest.load(built())
-    short, long = manifest.prompt.buckets
-
-    def said(told: str) -> str:
-        reporter = Reporter(STEPS, quiet=True)
-        held = (Held(Stretch(Path(), 0, 1, told), "b", np.zeros(0, np.uint8)),)
-        calib.pipeline._note_buckets(manifest, Data(None, (), (), held, ""), built(), reporter)
-        return reporter.log
-
-    longer = " ".join([manifest.prompt.instructions[0].text] * 2)
-    found = re.search(rf"run at {long} slots and need (\d+): .*{re.escape(repr(longer))}", said(longer))
-    assert found is not None
-    assert short < int(found[1]) <= long - 8
-    assert "slots and need" not in said(manifest.prompt.instructions[0].text)
+    text, long = manifest.prompt.instructions[0].text, " ".join(["go to the left of the basket"] * 100)
+    told = {name: long if name == part else text for name in ("seen", "search", "test")}
+    held = {
+        name: (Held(Stretch(Path(), 0, 1, told[name]), f"{name}.h5", np.zeros(0, np.uint8)),)
+        for name in ("search", "test")
+    }
+    data = Data(None, (Seen(np.zeros(0, np.uint8), told["seen"], "seen.h5"),), held["search"], held["test"], "")
+    with pytest.raises(PromptError, match=f"^{part}.h5: ") as refused:
+        calib.pipeline._length_notes(manifest, data, built())
+    assert refused.value.got is not None
 
 
 # --- heads and precisions -----------------------------------------------------------------------------------------------------
@@ -443,7 +493,7 @@ def test_a_budget_that_nothing_meets_and_then_another(
         quantize(config(bundle, recorded, max_action_error=1e-6))
     assert contents(bundle) == before
     best = re.search(r"at best ([0-9.e-]+)", str(refused.value))
-    would = re.search(r"--max-action-error ([0-9.e-]+) would", str(refused.value))
+    would = re.search(r"would accept it with --max-action-error ([0-9.e-]+);", str(refused.value))
     assert best is not None
     assert would is not None
     assert 1.25 < float(would[1]) / float(best[1]) < 1.45  # the search has a margin, and numbers are rounded

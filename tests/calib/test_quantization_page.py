@@ -159,7 +159,9 @@ def test_the_sentence() -> None:
     flips = Flips(
         frames=1, steps=4, of_frames=126, of_steps=1260, pairs=(Pair(reference="F", candidate="FL", frames=1, steps=4),)
     )
-    page = dataclasses.replace(page, acceptance=msgspec.structs.replace(calm, class_flips=flips, gripper_flips=None))
+    page = dataclasses.replace(
+        page, acceptance=msgspec.structs.replace(calm, class_flips=flips, gripper_flips=None, changed_frames=1)
+    )
     assert "; 1 changed decision in 126 frames." in sentence(page)
     text = Document(render(page)).text
     assert "Classes: another class in 1 of 126 frames" in text

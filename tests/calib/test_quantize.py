@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,6 +82,60 @@ def test_usage_errors_are_2(own: Own, tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert "--allow-random" in done.stderr
+
+
+def test_recordings_and_locales_that_are_not_utf_8(own: Own, recorded: Path, tmp_path: Path) -> None:
+    """File names as an older Korean system wrote them, and a terminal that knows ASCII only."""
+    bundle, named = own(), tmp_path / "recorded"
+    named.mkdir()
+    for path in recorded.glob("*.h5"):
+        shutil.copyfile(path, os.fsencode(named) + b"/\xc0\xd3_" + os.fsencode(path.name))
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "LC_ALL": "POSIX",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+    }
+    done = subprocess.run(
+        driving_by_noise(command(bundle, named, "--max-action-error", str(GENEROUS))),
+        cwd=tmp_path, env=environment, capture_output=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode(errors="replace")
+    assert Manifest.load(bundle).quantized is not None
+    assert "\\udcc0\\udcd3_" in (bundle / "reports" / "quantization.html").read_text(encoding="utf-8")
+
+
+def test_a_full_disk_is_a_typed_error(own: Own, recorded: Path, tmp_path: Path) -> None:
+    """While the integers are written; the bundle is as it was, and with room the same command goes on."""
+    bundle = own()
+    before = contents(bundle)
+    words = driving_by_noise(command(bundle, recorded, "--max-action-error", str(GENEROUS)))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+
+    def little_room() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000))
+
+    full = subprocess.run(
+        words,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        preexec_fn=little_room,
+    )
+    assert full.returncode == 1
+    assert "StorageError" in full.stderr
+    assert "Traceback" not in full.stderr
+    assert "[3/6] Integers" in full.stderr
+    assert contents(bundle) == before
+    done = subprocess.run(
+        words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "taking up what an earlier run finished" in done.stderr
 
 
 # A file or folder that appears beside or in the bundle while it is quantized, in the order of appearance.

@@ -137,6 +137,25 @@ def test_a_backend_that_fails_is_left_out(bench: Bench, breaks: Broken, moment: 
     assert {row.backend for row in run.measure(chosen, acceptances)} == {"ort:cpu"}
 
 
+def test_a_run_that_goes_on_searches_where_it_did(
+    bench: Bench, breaks: Broken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Near ties: another measurement would choose another backend, and begin another search."""
+    breaks("never")
+    first = 1.0
+
+    def times(policies: Sequence[Policy], *_: object) -> list[dict[str, float]]:
+        return [dict.fromkeys(("vision", "language", "action_head"), ms) for ms in (first, 1.5)][: len(policies)]
+
+    monkeypatch.setattr(calib.selection, "stage_times", times)
+    assert bench.select(backend="auto")[0].fastest_backend().backend == "ort:cpu"
+    first = 2.0
+    run, reporter = bench.select(backend="auto")
+    assert run.fastest_backend().backend == "ort:cpu"
+    assert "searching on ort:cpu, as before" in reporter.log
+    assert bench.select(backend="ort:openvino")[0].fastest_backend().backend == "ort:openvino"  # another wish
+
+
 @pytest.mark.parametrize("moment", ["loading", "first step"])
 @pytest.mark.parametrize(("asked", "broken"), [("ort:openvino", BACKENDS[1:]), ("auto", BACKENDS)])
 def test_a_backend_that_was_named_or_is_the_last_is_not_left_out(
@@ -277,7 +296,7 @@ def test_the_reasons_are_those_of_the_backend_that_failed(
     run, reporter = bench.select(backend="auto")
     trials = run._trials("ort:cpu")
     whole = outcome(trials).all_int8
-    safer = [Evaluation("ort:cpu", whole.int8[:n], 0.1, 10.0 - n) for n in range(1, 6)]
+    safer = [Evaluation("ort:cpu", whole.int8[:n], 0.8 * 0.3 ** (6 - n), 10.0 - n) for n in range(1, 6)]
     with pytest.raises(CalibrationError, match="on test frames") as refused:
         run.accept(trials, Outcome(whole, whole, {}, (whole, *safer)), run.references())
     assert refused.value.got == "too large 2"
@@ -321,7 +340,7 @@ def test_it_is_told_how_many_were_judged(bench: Bench, monkeypatch: pytest.Monke
     run, _ = bench.select()
     trials = run._trials("ort:cpu")
     whole = outcome(trials).all_int8
-    safer = [Evaluation("ort:cpu", whole.int8[:n], 0.1, 10.0 - n) for n in range(1, 4)]
+    safer = [Evaluation("ort:cpu", whole.int8[:n], 0.8 * 0.3 ** (4 - n), 10.0 - n) for n in range(1, 4)]
     chosen, _, tries = run.accept(trials, Outcome(whole, whole, {}, (whole, *safer)), run.references())
     assert tries == fails + 1 == len(judged)
     assert chosen == (whole, *safer[::-1])[fails]

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 
 from bundle import manifest as manifest_module
-from bundle.errors import BackendError, BundleError, DeviceError, EngineError, NoEnginesError
+from bundle.errors import BackendError, BundleError, DeviceError, EngineError, NoEnginesError, PromptError
 from bundle.manifest import Manifest, Measured
 from runtime import golden
 from runtime.backends import select
 from runtime.backends.fake_gpu import ORIN, FakeCuda
 from runtime.backends.ort import OrtBackend
 from runtime.backends.trt import TrtBackend
+from runtime.chain import HostChain
 from runtime.golden import Golden
 from runtime.policy import Policy
 from runtime.run_robot import why_not_int8
@@ -387,6 +388,23 @@ def test_a_manifest_of_a_rebuilt_bundle_is_another(folder: Path) -> None:
     edit_manifest(folder, lambda manifest: msgspec.structs.replace(manifest, jetvla="0.0.0"))
     with pytest.raises(BundleError, match="was replaced while it was in use"):
         policy.reset(GO_LEFT)
+
+
+def test_a_bundle_published_while_a_length_is_loaded_is_another(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoder would be the new bundle's, behind the old one's image tokens: refused, and nothing can be decided with it."""
+    policy = Policy.load(folder, "ort:cpu")
+    set_prompt = HostChain.set_prompt
+
+    def publish_meanwhile(self: HostChain, *prompt: Any) -> None:
+        edit_manifest(folder, lambda manifest: msgspec.structs.replace(manifest, jetvla="0.0.0"))
+        set_prompt(self, *prompt)
+
+    monkeypatch.setattr(HostChain, "set_prompt", publish_meanwhile)
+    with pytest.raises(BundleError, match="was replaced while it was in use"):
+        policy.reset(GO_LEFT)
+    size = policy.manifest.dimensions.image_size
+    with pytest.raises(PromptError):
+        policy.step(np.zeros((size, size, 3), np.uint8))
 
 
 def test_logging_stays_quiet(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,54 @@
+"""What is done with assignments that were tried: which to judge next after one failed, and their names for people.
+
+Pure functions of evaluations and judgements; nothing here runs a model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from calib.acceptance import Acceptance
+from calib.search import MARGIN, Evaluation
+
+# Stands for an error that is not a number: JSON has none, and nothing is worse.
+HOPELESS = 1e9
+
+
+def safer(
+    tried: Sequence[Evaluation], judged: Sequence[tuple[Evaluation, Acceptance]], chances: int
+) -> Evaluation | None:
+    """The next to judge after some have failed; None when there is nothing more exact, or no chance left.
+
+    The fastest of those that should pass, going by how far the last one was off. The last chance is the most exact one's.
+
+    Args:
+        judged: with the judgement that failed, in order; at least one.
+        chances: how many may be judged after the first.
+    """
+    if len(judged) > chances:
+        return None
+    last, acceptance = judged[-1]
+    left = [
+        each for each in tried if each.action_error < last.action_error and each not in [each for each, _ in judged]
+    ]
+    if not left:
+        return None
+    over = number(acceptance.action_error) / acceptance.budget
+    # What failed by its decisions alone has no measure of how far: half the error is another policy.
+    target = last.action_error * MARGIN / over if over > 1 else last.action_error / 2
+    likely = [each for each in left if each.action_error <= target]
+    if likely and len(judged) < chances:
+        return min(likely, key=lambda each: each.latency_ms)
+    return min(left, key=lambda each: each.action_error)
+
+
+def number(error: float) -> float:
+    """An error that can be compared: one that is not finite is worse than any."""
+    return error if math.isfinite(error) else HOPELESS
+
+
+def describe(blocks: Sequence[str], found: Evaluation) -> str:
+    """An assignment in words."""
+    rest = [block for block in blocks if block not in found.int8]
+    return "all INT8" if not rest else f"{', '.join(rest)} in floating point"
