@@ -33,14 +33,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from bundle.atomic import make_folder
-from bundle.errors import ConfigError, JetvlaError, ServiceError
+from bundle.errors import BundleError, ConfigError, JetvlaError, ServiceError
 from bundle.manifest import Manifest
-from runtime.backends.select import PrecisionChoice, faster_in_int8
+from runtime.backends.select import PrecisionChoice
 from runtime.decisions import Decider
 from runtime.drive import DriveOptions, Plan, drive, make_plan
 from runtime.events import Listener
 from runtime.notes import Notes
 from runtime.policy import Policy
+from runtime.precision import int8_notes
 from runtime.robot_toml import load_limits_file, load_robot_file
 from runtime.robot_view import plan_lines, summary_table
 
@@ -165,13 +166,15 @@ def _load(config: RunConfig, console: Console) -> tuple[Policy, dict[str, object
         markup=False,
         soft_wrap=True,
     )
-    if config.precision == "auto" and (why := why_not_int8(policy)):
-        console.print(f"the INT8 variant does not run: {why}", markup=False, soft_wrap=True)
+    notes = int8_notes(policy, config.precision)
+    for note in notes:
+        console.print(note, markup=False, soft_wrap=True)
     return policy, {
         "bundle": str(config.bundle),
         "backend": policy.backend,
         "precision": manifest.precision,
         "load_s": load_s,
+        "notes": notes,
     }
 
 
@@ -211,6 +214,13 @@ def _drive(config: RunConfig, console: Console) -> dict[str, object]:
         if config.server is not None:
             return _remote(config, plan, notes)
         policy, loaded = _load(config, console)
+        if policy.manifest.manifest_sha256 != manifest.manifest_sha256:
+            raise BundleError(
+                f"{config.bundle} was replaced while it was loaded",
+                got=policy.manifest.manifest_sha256[:12],
+                expected=f"{manifest.manifest_sha256[:12]}, by which limits and axes were planned",
+                hint="start again.",
+            )
         result.update(loaded)
         return policy
 
@@ -309,23 +319,6 @@ def _doctor(config: RunConfig, console: Console) -> dict[str, object]:
 
     robot = load_robot_file(robot_file_path(config.robot))
     return examine(config.bundle, robot, console, quiet=config.json)
-
-
-def why_not_int8(policy: Policy) -> str:
-    """Why `auto` runs floating point though the bundle has an INT8 variant that may be run; empty if it does not, or has none."""
-    quantized = policy.manifest.quantized
-    if policy.manifest.precision == "int8" or quantized is None or not quantized.trusted:
-        return ""
-    on_cpu = policy.backend in ("ort:cpu", "ort:openvino")
-    kind = "ort:" if on_cpu else "trt "
-    failed = [reason for reason in policy.passed_over if reason.startswith(kind) and " in int8: " in reason]
-    if failed:
-        return "; ".join(failed)
-    if on_cpu and faster_in_int8(policy.backend, quantized) is None:
-        return f"it was not measured on {policy.backend}; --precision int8 runs it there"
-    if on_cpu:
-        return f"floating point was faster on {quantized.machine}"
-    return f"{policy.backend} gains nothing from it"
 
 
 def _replay(policy: Policy, config: RunConfig, path: Path, console: Console) -> dict[str, object]:

@@ -27,6 +27,7 @@ from bundle.errors import BackendError, ConfigError, JetvlaError
 from bundle.manifest import Manifest
 from runtime.backends.select import PrecisionChoice
 from runtime.policy import Policy
+from runtime.precision import int8_notes
 from runtime.service.security import is_loopback, read_key
 from runtime.service.server import Running, check_installed, listen, url_of
 
@@ -133,6 +134,9 @@ def serve(config: ServeConfig, console: Console) -> None:
                 markup=False,
                 soft_wrap=True,
             )
+            notes = int8_notes(policy, config.precision)
+            for note in notes:
+                console.print(note, markup=False, soft_wrap=True)
             if key is None:
                 console.print("no key: only programs on this machine can ask")
             elif not is_loopback(str(sock.getsockname()[0])):
@@ -140,7 +144,13 @@ def serve(config: ServeConfig, console: Console) -> None:
                     "[yellow]warning:[/] plain HTTP: whoever is on the network sees pictures and key (docs/policy-service.md)",
                     soft_wrap=True,
                 )
-            facts = {"url": url, "backend": policy.backend, "precision": manifest.precision, "load_s": load_s}
+            facts = {
+                "url": url,
+                "backend": policy.backend,
+                "precision": manifest.precision,
+                "load_s": load_s,
+                "notes": notes,
+            }
             print(json.dumps(facts) if config.json else url, flush=True)
 
         limits = Limits(

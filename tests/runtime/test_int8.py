@@ -24,7 +24,7 @@ from runtime.backends.trt import TrtBackend
 from runtime.chain import HostChain
 from runtime.golden import Golden
 from runtime.policy import Policy
-from runtime.run_robot import why_not_int8
+from runtime.precision import int8_notes, why_not_int8
 from tests.bundles import GO_LEFT, LONG_IDS, add_int8, edit_manifest, make_bundle, random_frames, rehash
 from tests.engines import add_engines, fake_tensorrt
 
@@ -405,6 +405,23 @@ def test_a_bundle_published_while_a_length_is_loaded_is_another(folder: Path, mo
     size = policy.manifest.dimensions.image_size
     with pytest.raises(PromptError):
         policy.step(np.zeros((size, size, 3), np.uint8))
+
+
+def test_where_int8_was_judged_is_said_on_another_machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = Policy.load(folder, "ort:cpu", precision="int8")
+    (note,) = int8_notes(policy, "int8")
+    assert note.startswith("INT8 was judged and timed on a CPU; quantize on this machine")
+    monkeypatch.setattr("runtime.precision.processor_name", lambda: "a CPU")
+    assert int8_notes(policy, "int8") == []
+    monkeypatch.setattr("runtime.precision.processor_name", lambda: None)
+    assert int8_notes(policy, "int8") == []
+
+
+def test_of_floating_point_only_auto_is_surprised(folder: Path) -> None:
+    policy = Policy.load(folder, "ort:cpu", precision="float")
+    assert int8_notes(policy, "float") == []
+    (note,) = int8_notes(policy, "auto")
+    assert note.startswith("the INT8 variant does not run: ")
 
 
 def test_logging_stays_quiet(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

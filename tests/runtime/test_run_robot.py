@@ -7,11 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from msgspec import structs
+from rich.console import Console
 
-from bundle.manifest import Instruction
+from bundle.errors import BundleError
+from bundle.manifest import Instruction, Manifest
 from tests.bundles import GO_LEFT, GO_RIGHT, LEFT_IDS, Tiny, add_int8, make_bundle
 from tests.runtime.conftest import TinyBundle
 
@@ -102,7 +106,7 @@ def test_check_as_json(bundle: Path, tmp_path: Path) -> None:
     assert done.returncode == 0
     content = json.loads(done.stdout)
     assert content.pop("load_s") > 0
-    assert content == {"bundle": str(bundle), "backend": "ort:cpu", "precision": "fp32"}
+    assert content == {"bundle": str(bundle), "backend": "ort:cpu", "precision": "fp32", "notes": []}
 
 
 @pytest.mark.parametrize(("precision", "runs"), [("auto", "int8"), ("int8", "int8"), ("float", "fp32")])
@@ -154,6 +158,7 @@ def test_replay_as_json(bundle: Path, episode: Path, tmp_path: Path) -> None:
         "backend",
         "precision",
         "load_s",
+        "notes",
         "instruction",
         "frames",
         "axes",
@@ -231,6 +236,21 @@ def test_the_desk_robot(bundle: Path, tmp_path: Path) -> None:
     assert result["zero_sent"]
     assert result["decisions"] > 0
     assert "robot desk: camera simulated, commands to console" in done.stderr
+
+
+def test_a_bundle_replaced_after_planning_does_not_drive(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Limits and axes are those of one bundle: the commands of another are not for them."""
+    import runtime.run_robot as command
+
+    manifest = Manifest.load(bundle)
+    other = SimpleNamespace(manifest=structs.replace(manifest, manifest_sha256="0" * 64))
+    monkeypatch.setattr(command, "_load", lambda *_: (other, {}))
+    monkeypatch.setattr(command, "drive", lambda plan, load, *_, **__: load())
+    robot = ROOT / "runtime" / "deploy" / "desk-robot.toml"
+    with pytest.raises(BundleError, match="was replaced while it was loaded"):
+        command._drive(command.RunConfig(bundle, robot, instruction=GO_LEFT, record=False), Console(quiet=True))
 
 
 def test_no_bundle(tmp_path: Path) -> None:
