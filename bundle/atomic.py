@@ -34,12 +34,15 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
-        full = error.errno in _NO_ROOM
+        full, sealed = error.errno in _NO_ROOM, error.errno == errno.EROFS
+        mend = (
+            "free some space or " if full else "copy what is there to a disk that can be written, or " if sealed else ""
+        )
         raise StorageError(
             f"cannot write {path}",
             got=os.strerror(error.errno or 0),
             expected="room for the whole output" if full else "a folder that can be written and replaced",
-            hint=f"{'free some space or ' if full else ''}choose another folder; nothing was replaced.",
+            hint=f"{mend}choose another folder; nothing was replaced.",
         ) from error
 
 
@@ -145,9 +148,10 @@ def exclusive(target: Path) -> Iterator[None]:
                 hint="choose another --out.",
             ) from None
         raise BundleLockedError(
-            f"another build is writing {target}",
-            expected="one build at a time",
-            hint="wait for it, or build into another directory with --out.",
+            f"another command is writing {target}",
+            got="its lock is held",
+            expected="one at a time",
+            hint="wait for it to end, or work on another bundle.",
         ) from None
     try:
         yield

@@ -20,8 +20,8 @@ from bundle.manifest import Action
 from calib.resampling import bootstrap_interval
 from runtime.actions import action_error, denormalize
 
-# Shares of an axis' largest command. Below the first a robot of this class stands or creeps, so its sign says nothing; a stop counts as
-# a start only from twice that, so that a command that hovers about the threshold is no event.
+# Shares of an axis' largest command. Below the first a robot of this class stands or creeps, so its sign says nothing; a stop and a start
+# are one only across twice that, so that a command that hovers about the threshold is no event.
 _MOVES = 0.05
 _STARTS = 0.1
 # Of the frames, and of all steps of their chunks: a late decision drives the later rows of the one before. At the edge between two
@@ -130,7 +130,7 @@ class Acceptance(_Strict, frozen=True):
 
     `action_error` is the largest error over frames, chunk steps and columns in the head's -1..1, `_p99` and `_mean` are over the same
     numbers. `class_flips` and `gripper_flips` are None for other heads. `changed_frames` are those whose step 0 is another decision on any
-    axis - reversed, a start, another class, the gripper's opposite - and `changed_steps` counts steps of all chunks by the same rule.
+    axis - reversed, a start, a stop, another class, the gripper's opposite - and `changed_steps` counts steps of all chunks so.
     """
 
     verdict: Literal["PASS", "FAIL"]
@@ -144,6 +144,7 @@ class Acceptance(_Strict, frozen=True):
     axes: tuple[AxisAcceptance, ...]
     direction_flips: tuple[Count, ...]
     starts: tuple[Count, ...]
+    stops: tuple[Count, ...]
     class_flips: Flips | None
     gripper_flips: Flips | None
     changed_frames: int
@@ -173,10 +174,11 @@ def _judged(streams: Sequence[Streamed], action: Action, budget: float, seed: in
     lengths = [len(each.reference) for each in streams]
     heads = np.concatenate([each.reference for each in streams]), np.concatenate([each.candidate for each in streams])
     largest = _largest(action)
-    moves, reversed_, started = _events(reference, candidate, largest, action)
+    moves, reversed_, started, stopped = _events(reference, candidate, largest, action)
     axes = action.names[: moves.shape[-1]]
     direction_flips, starts = _counts(axes, reversed_, moves), _counts(axes, started, ~moves)
-    changed = np.any(reversed_ | started, axis=-1)  # [frames, n]
+    stops = _counts(axes, stopped, moves)
+    changed = np.any(reversed_ | started | stopped, axis=-1)  # [frames, n]
     class_flips = gripper_flips = None
     if action.head == "classes":
         chosen = heads[0].argmax(axis=-1), heads[1].argmax(axis=-1)
@@ -192,6 +194,7 @@ def _judged(streams: Sequence[Streamed], action: Action, budget: float, seed: in
         reasons.append(f"action error {most:.4g}, PASS up to {budget:g}")
     counts = [(f"direction of {each.axis} reversed", each.count) for each in direction_flips]
     counts += [(f"{each.axis} starts where the reference stands", each.count) for each in starts]
+    counts += [(f"{each.axis} stops where the reference moves", each.count) for each in stops]
     counts += [("another class", class_flips.frames)] if class_flips else []
     counts += [("gripper does the opposite", gripper_flips.frames)] if gripper_flips else []
     frames, chunk = changed.shape
@@ -217,6 +220,7 @@ def _judged(streams: Sequence[Streamed], action: Action, budget: float, seed: in
         axes=_axes(candidate - reference, lengths, largest, action, seed),
         direction_flips=direction_flips,
         starts=starts,
+        stops=stops,
         class_flips=class_flips,
         gripper_flips=gripper_flips,
         changed_frames=int(changed[:, 0].sum()),
@@ -292,15 +296,17 @@ def _axes(
 
 def _events(
     reference: NDArray[np.float64], candidate: NDArray[np.float64], largest: NDArray[np.float64], action: Action
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]:
-    """Where the reference moves, where the candidate reverses it, and where it starts out of a stop: [frames, n, axes].
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]:
+    """Where the reference moves, and where the candidate reverses it, starts out of a stop, and stops: [frames, n, axes].
 
     A gripper has no direction, and is left out.
     """
     axes = slice(-1) if action.head == "actions_gripper" else slice(None)
     reference, candidate, largest = reference[..., axes], candidate[..., axes], largest[axes]
-    moves = np.abs(reference) > _MOVES * largest
-    return moves, moves & (reference * candidate < 0), ~moves & (np.abs(candidate) > _STARTS * largest)
+    before, after = np.abs(reference), np.abs(candidate)
+    moves = before > _MOVES * largest
+    stopped = (before > _STARTS * largest) & (after <= _MOVES * largest)
+    return moves, moves & (reference * candidate < 0), ~moves & (after > _STARTS * largest), stopped
 
 
 def _counts(axes: Sequence[str], events: NDArray[np.bool_], possible: NDArray[np.bool_]) -> tuple[Count, ...]:

@@ -1,4 +1,4 @@
-"""What is done with assignments that were tried: which to judge next after one failed, and their names for people.
+"""What is known about assignments without running one: which blocks there are to assign, which to judge next after one failed, their names.
 
 Pure functions of evaluations and judgements; nothing here runs a model.
 """
@@ -6,13 +6,39 @@ Pure functions of evaluations and judgements; nothing here runs a model.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
+from bundle.errors import ConfigError
 from calib.acceptance import Acceptance
 from calib.search import MARGIN, Evaluation
 
 # Stands for an error that is not a number: JSON has none, and nothing is worse.
 HOPELESS = 1e9
+
+
+def searchable(blocks: Sequence[str], keep_float: Collection[str]) -> tuple[str, ...]:
+    """The blocks that may become INT8.
+
+    Raises:
+        ConfigError: a block to keep does not exist, or none is left.
+    """
+    unknown = sorted(set(keep_float) - set(blocks))
+    if unknown:
+        raise ConfigError(
+            "--keep-float names no block",
+            got=", ".join(unknown),
+            expected=", ".join(blocks),
+            hint="--layers-per-block decides how transformer layers are grouped.",
+        )
+    left = tuple(block for block in blocks if block not in keep_float)
+    if not left:
+        raise ConfigError(
+            "nothing is left to be INT8",
+            got="every block in --keep-float",
+            expected="at least one other",
+            hint="the bundle runs in floating point as it is.",
+        )
+    return left
 
 
 def safer(

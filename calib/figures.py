@@ -116,7 +116,7 @@ def sensitivity(blocks: Sequence[BlockRow], name: str) -> str:
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.set_xlim(min(0.0, float(gains.min())) * 1.1, max(float(gains.max()), 1e-9) * 1.28)
         axes.locator_params(axis="x", nbins=5)
-        axes.set_xlabel("action error gained in floating point")
+        axes.set_xlabel("action error removed in floating point")
         axes.grid(axis="x")
         legend(axes)
     return done[0]

@@ -19,9 +19,10 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from bundle.atomic import exclusive, recover, refuse_foreign
-from bundle.errors import BundleError, PromptError
+from bundle.errors import BundleError, CalibrationError, ConfigError, PromptError
 from bundle.hashing import sha256_file
-from bundle.manifest import MANIFEST_NAME, Manifest
+from bundle.manifest import MANIFEST_NAME, Manifest, Quantized
+from calib.assignments import searchable
 from calib.calibrate import How, StageCalibration, calibrate_stage, runs
 from calib.config import QuantizeConfig
 from calib.data import Data, frame_finder, held_sha256, read_data, strata
@@ -30,7 +31,7 @@ from calib.publish import PAGE, REPORT, Result, publish, read_request
 from calib.quantization_page import check_page
 from calib.rewrite import Integers
 from calib.selection import Selection, usable_backends
-from calib.stage_graph import STAGES, StageGraph, read_stage
+from calib.stage_graph import STAGES, StageGraph, blocks_of, read_stage
 from calib.workspace import Workspace, remove_workspaces, request_sha256
 from export.console import Reporter
 from runtime.backends.ort_plugins import PLUGINS, plugin_installed
@@ -42,6 +43,10 @@ __all__ = ["STEPS", "QuantizeConfig", "quantize"]
 
 STEPS = 6
 Floats = NDArray[np.float32]
+# Instructions that are written out in a warning.
+_NAMED = 4
+# Held-out episodes of which one says little about others.
+_FEW_EPISODES = 3
 # A bundle that was built for an instruction wastes fewer: its lengths are multiples of 8.
 _WASTED_SLOTS = 8
 _ROOT = Path(__file__).resolve().parent.parent
@@ -63,7 +68,18 @@ def quantize(config: QuantizeConfig, reporter: Reporter | None = None) -> Path:
     bundle = config.bundle.parent if config.bundle.name == MANIFEST_NAME else config.bundle
     with exclusive(bundle):
         recover(bundle)
-        return _quantize(bundle, config, reporter)
+        try:
+            return _quantize(bundle, config, reporter)
+        except CalibrationError as error:
+            raise _with_what_stays(error, Manifest.load(bundle).quantized) from None
+
+
+def _with_what_stays(error: CalibrationError, quantized: Quantized | None) -> CalibrationError:
+    """Say so if a variant of an earlier run, perhaps with a looser budget, goes on driving."""
+    if quantized is None:
+        return error
+    stays = f"The bundle keeps the INT8 variant that it has, of budget {quantized.budget:g}; --precision float does without it."
+    return CalibrationError(error.what, got=error.got, expected=error.expected, hint=f"{error.hint} {stays}")
 
 
 def _quantize(bundle: Path, config: QuantizeConfig, reporter: Reporter) -> Path:
@@ -74,6 +90,24 @@ def _quantize(bundle: Path, config: QuantizeConfig, reporter: Reporter) -> Path:
         notes = _length_notes(manifest, data, bundle)
         for note in notes:
             reporter.warn(note)
+        first: dict[tuple[str, int | None], StageGraph] = {
+            (stage, None): _first_graph(bundle, manifest, stage, config.layers_per_block) for stage in STAGES
+        }
+        blocks = [block for stage in STAGES for block in blocks_of(first, stage)]
+        chosen_from = searchable(blocks, config.keep_float)
+        backends, left_out = usable_backends(config)
+        for line in left_out:
+            reporter.result(line)
+        reporter.result(
+            f"to be INT8, if within {config.max_action_error:g}: {', '.join(chosen_from)}; on {', '.join(backends)}"
+        )
+    if data.sample is None and manifest.quantized is not None and not manifest.quantized.random and not config.force:
+        raise ConfigError(
+            "made-up pictures would replace an INT8 variant that was judged on recordings",
+            got=f"--allow-random, and a variant calibrated on {manifest.quantized.calibration_frames} recorded frames",
+            expected="recordings, or a bundle without such a variant",
+            hint="--force replaces it all the same; a copy of the bundle keeps it.",
+        )
     if config.dry_run:
         reporter.result("dry run: nothing was written.")
         return bundle
@@ -82,7 +116,6 @@ def _quantize(bundle: Path, config: QuantizeConfig, reporter: Reporter) -> Path:
         _float_sha256(manifest), data.sha256, held_sha256(data), msgspec.to_builtins(how), _code_sha256(), _here()
     )
     # A backend that was installed since has not been measured.
-    backends, _ = usable_backends(config)
     wanted = request_sha256(request, config.max_action_error, sorted(config.keep_float), backends)
     if not config.force and _is_there(bundle, manifest, data.sha256, wanted):
         remove_workspaces(bundle)  # of a run that was killed when all was done
@@ -131,6 +164,11 @@ def _quantize(bundle: Path, config: QuantizeConfig, reporter: Reporter) -> Path:
         publish(bundle, manifest, workspace, graphs, integers, result, frame_finder(data), reporter)
     workspace.remove()
     return bundle
+
+
+def _first_graph(folder: Path, manifest: Manifest, stage: str, layers_per_block: int) -> StageGraph:
+    sequence = manifest.stages[stage].graphs[0].sequence
+    return read_stage(folder, manifest, stage, sequence=sequence, layers_per_block=layers_per_block)
 
 
 def _calibrate(
@@ -231,18 +269,28 @@ def _length_notes(manifest: Manifest, data: Data, folder: Path) -> list[str]:
     searched = prompts({each.stretch.instruction: each.episode for each in data.search})
     judged = prompts({each.stretch.instruction: each.episode for each in data.test})
     notes = []
-    for verb, part in (("calibrated", seen), ("judged", judged)):
-        unused = sorted(set(lengths) - {prompt.bucket for prompt in part.values()})
+    unseen, unjudged = (set(lengths) - {prompt.bucket for prompt in part.values()} for part in (seen, judged))
+    for verb, unused in (
+        ("neither calibrated nor judged", unseen & unjudged),
+        ("not calibrated", unseen - unjudged),
+        ("not judged", unjudged - unseen),
+    ):
         if unused:
-            slots = ", ".join(map(str, unused))
-            notes.append(f"not {verb} at {slots} slots: no instruction of those recordings is as long")
+            slots = ", ".join(map(str, sorted(unused)))
+            notes.append(f"{verb} at {slots} slots: no instruction of those recordings runs at that length")
+    episodes = len({each.episode for each in data.test})
+    if data.sample is not None and episodes < _FEW_EPISODES:
+        notes.append(
+            f"judged on {episodes} episode{'' if episodes == 1 else 's'} only: more recordings tell more about other scenes"
+        )
     long = {
-        each: prompt
+        each
         for each, prompt in (seen | searched | judged).items()
         if prompt.bucket - int(prompt.action_index[-1]) - 1 >= _WASTED_SLOTS
     }
     if long:
-        options = " ".join(f"--instruction {shlex.quote(each)}" for each in sorted(long))
+        options = " ".join(f"--instruction {shlex.quote(each)}" for each in sorted(long)[:_NAMED])
+        options += f" and {len(long) - _NAMED} more" if len(long) > _NAMED else ""
         notes.append(
             f"recorded instructions run at more slots than they need: a bundle built with {options} takes less time"
         )

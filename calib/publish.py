@@ -23,8 +23,9 @@ from calib.calibrate import StageCalibration
 from calib.config import QuantizeConfig
 from calib.figures import available
 from calib.int8_weights import DataFile
+from calib.outliers import OutlierRow, outliers
 from calib.pictures import worst_picture
-from calib.quantization_page import BlockRow, OutlierRow, Page, Point, render
+from calib.quantization_page import BlockRow, Page, Point, render
 from calib.rewrite import Integers, check, pack, rewrite
 from calib.search import Evaluation, Outcome, front
 from calib.stage_graph import STAGES, StageGraph, blocks_of
@@ -147,7 +148,8 @@ def publish(
         similarity, error = _golden(staging, draft, result, reporter)
         quantized = msgspec.structs.replace(quantized, golden_cosine=similarity, golden_error=error)
         (staging / REPORT).write_bytes(msgspec.json.format(msgspec.json.encode(_report(result)), indent=2) + b"\n")
-        (staging / PAGE).write_text(render(_page(bundle, result, frame)), encoding="utf-8")
+        page = _page(bundle, result, frame, f"feature cosine {similarity:.6f}, action error {error:.3g}")
+        (staging / PAGE).write_text(render(page), encoding="utf-8")
         for name in (REPORT, PAGE):
             files[name] = File(sha256=sha256_file(staging / name), bytes=(staging / name).stat().st_size)
         final = msgspec.structs.replace(manifest, quantized=quantized, files=kept | files)
@@ -157,7 +159,8 @@ def publish(
         if engines:
             reporter.result(f"{engines} engines kept")
         size = sum(stage.weight_bytes for stage in stages.values())
-        reporter.result(f"{bundle}  INT8 {human_bytes(size)}  {quantized.verdict}  {bundle / PAGE}")
+        verdict = "NOT JUDGED" if result.random else quantized.verdict
+        reporter.result(f"{bundle}  INT8 {human_bytes(size)}  {verdict}  {bundle / PAGE}")
 
 
 def _unnamed(bundle: Path) -> set[str]:
@@ -268,28 +271,7 @@ def _report(result: Result) -> Report:
     )
 
 
-def outliers(calibrations: Mapping[str, StageCalibration]) -> tuple[OutlierRow, ...]:
-    """Every site's largest channel against its median one, before and after smoothing; the worst first."""
-    rows = []
-    for found in calibrations.values():
-        for key, peaks in found.peaks.items():
-            norm_factors = found.factors_of(key)
-            after = peaks if norm_factors is None else peaks / norm_factors
-            median = float(np.median(peaks))
-            rows.append(
-                OutlierRow(
-                    site=key,
-                    peak=float(peaks.max()),
-                    median=median,
-                    ratio_before=float(peaks.max()) / max(median, 1e-12),
-                    ratio_after=float(after.max()) / max(float(np.median(after)), 1e-12),
-                    channel=int(peaks.argmax()),
-                )
-            )
-    return tuple(sorted(rows, key=lambda row: -row.ratio_before))
-
-
-def _page(bundle: Path, result: Result, frame: Callable[[str, int], NDArray[np.uint8]]) -> Page:
+def _page(bundle: Path, result: Result, frame: Callable[[str, int], NDArray[np.uint8]], golden: str) -> Page:
     acceptance = result.acceptances[result.chosen.backend]
     fronts = front(result.outcome.tried)
     start = result.outcome.all_int8
@@ -332,6 +314,7 @@ def _page(bundle: Path, result: Result, frame: Callable[[str, int], NDArray[np.u
         ("machine", result.machine),
         *((f"step, {row.backend} {row.precision}", f"{row.step_ms:.4g} ms") for row in result.measured),
         *((f"verdict on {name}", f"{found.verdict}, action error {found.action_error:.3g}") for name, found in result.acceptances.items()),
+        ("golden step, replayed at every start", golden),
         ("tried on the test frames", f"{result.tries} assignment{'' if result.tries == 1 else 's'}"),
         *((f"seconds, {name.lower()}", f"{value:.0f}") for name, value in result.seconds.items()),
     ]  # fmt: skip
@@ -347,6 +330,9 @@ def _page(bundle: Path, result: Result, frame: Callable[[str, int], NDArray[np.u
         strata=tuple(result.strata.items()),
         worst_pictures=pictures,
         floating_ms=ms["ort:cpu", False],
+        backend=result.chosen.backend,
+        notes=tuple(result.notes),
+        judged=not result.random,
     )
 
 

@@ -14,23 +14,12 @@ from typing import Any
 from calib import figures
 from calib.acceptance import Acceptance
 from calib.figures import BlockRow, Point
+from calib.outliers import OutlierRow
 from export.html_page import check_jinja2, fill
 
 __all__ = ["BlockRow", "OutlierRow", "Page", "Point", "check_page", "render", "sentence"]
 
 _PAGE = Path(__file__).with_name("quantization_page.html.jinja")
-
-
-@dataclass(frozen=True)
-class OutlierRow:
-    """Activations of one site: largest and median magnitude over channels, their ratio before and after smoothing, the worst channel."""
-
-    site: str
-    peak: float
-    median: float
-    ratio_before: float
-    ratio_after: float
-    channel: int
 
 
 @dataclass(frozen=True)
@@ -41,7 +30,10 @@ class Page:
         facts: (name, value): calibration frames, id, backend, machine, seconds, sizes.
         strata: (name, frames) of the calibration set.
         worst_pictures: (caption, PNG or JPEG) in the order of `acceptance.worst`.
-        floating_ms: latency of the floating-point bundle, measured as the points were; None if it was not.
+        floating_ms: latency of the floating-point bundle on ONNX Runtime CPU, measured as the points were; None if it was not.
+        backend: on which the points were measured.
+        notes: what was left out, assumed or not looked at.
+        judged: on recordings; made-up pictures say nothing about what the robot does.
     """
 
     title: str
@@ -55,6 +47,14 @@ class Page:
     strata: tuple[tuple[str, int], ...]
     worst_pictures: tuple[tuple[str, bytes], ...]
     floating_ms: float | None = None
+    backend: str = "ort:cpu"
+    notes: tuple[str, ...] = ()
+    judged: bool = True
+
+    @property
+    def word(self) -> str:
+        """The verdict."""
+        return self.acceptance.verdict if self.judged else "NOT JUDGED"
 
 
 def check_page() -> None:
@@ -92,6 +92,11 @@ def render(page: Page) -> str:
 def sentence(page: Page) -> str:
     """The verdict for somebody who has a robot."""
     found = page.acceptance
+    if not page.judged:
+        return (
+            "Calibrated on made-up pictures: speed and memory are right, what the robot would do is unknown. "
+            "It runs only when it is named."
+        )
     if math.isnan(found.action_error):
         return "The INT8 variant gives commands that are not numbers."
     worst = max(found.axes, key=lambda axis: axis.chunk.max / (axis.largest or 1.0), default=None)
@@ -105,7 +110,7 @@ def sentence(page: Page) -> str:
     parts.append(f"{changed or 'no'} changed decision{'' if changed == 1 else 's'} in {found.frames} frames")
     ratio = _ratio(page)
     if ratio is not None:
-        parts.append(f"a step takes {ratio:.2g} of the time")
+        parts.append(f"a step on {page.backend} takes {ratio:.2g} of the time of floating point on ort:cpu")
     does = "does the same" if found.verdict == "PASS" else "does not do the same"
     return f"With the INT8 variant the robot {does}: {'; '.join(parts)}."
 
@@ -124,8 +129,8 @@ def _keys(page: Page) -> list[tuple[str, str, str]]:
     keys += [(f"{axis.name}, largest", _number(axis.chunk.max), axis.unit) for axis in found.axes]
     keys.append(("judged on", str(found.frames), f"frames of {found.episodes} episodes"))
     if chosen is not None:
-        beside = f"ms, was {_ms(page.floating_ms)}" if page.floating_ms else "ms"
-        keys.append(("step", _ms(chosen), beside))
+        beside = f"ms, floating point on ort:cpu {_ms(page.floating_ms)}" if page.floating_ms else "ms"
+        keys.append((f"step on {page.backend}", _ms(chosen), beside))
     return keys
 
 

@@ -45,7 +45,10 @@ def main() -> int:
         console.print("interrupted; the same command goes on where it was.")
         return 1
     quantized = Manifest.load(bundle).quantized
-    if config.json:
+    if config.dry_run:
+        if config.json:
+            print(json.dumps({"bundle": str(bundle), "dry_run": True}))
+    elif config.json:
         found = None if quantized is None else msgspec.to_builtins(quantized)
         print(json.dumps({"bundle": str(bundle), "quantized": found}))
     else:

@@ -12,10 +12,10 @@ import numpy as np
 from msgspec import structs
 from numpy.typing import NDArray
 
-from bundle.errors import BackendError, CalibrationError, ConfigError
+from bundle.errors import BackendError, CalibrationError
 from bundle.manifest import Manifest, Measured
 from calib.acceptance import Acceptance, Streamed, judge
-from calib.assignments import HOPELESS, describe, number, safer
+from calib.assignments import HOPELESS, describe, number, safer, searchable
 from calib.config import QuantizeConfig
 from calib.data import Data
 from calib.rewrite import Integers
@@ -29,9 +29,9 @@ from runtime.policy import Policy
 
 BACKENDS = ("ort:cpu", "ort:openvino")
 Floats = NDArray[np.float32]
-# Steps of each policy when backends are compared, when an assignment is timed and for the record at the end, and when an assignment with
-# less INT8 than another seems to be faster.
-_GLANCE, _ROUNDS, _PROOF = 5, 9, 25
+# Steps of each policy when backends are compared, when an assignment is timed, for the record at the end by which the robot chooses, and
+# when an assignment with less INT8 than another seems to be faster.
+_GLANCE, _ROUNDS, _RECORD, _PROOF = 5, 9, 15, 25
 # Safer assignments that are tried when the chosen one fails on the test frames.
 _SECOND_CHANCES = 3
 
@@ -147,22 +147,7 @@ class Selection:
         Raises:
             CalibrationError: there is none.
         """
-        unknown = set(self._config.keep_float) - set(trials.blocks)
-        if unknown:
-            raise ConfigError(
-                "--keep-float names no block",
-                got=", ".join(sorted(unknown)),
-                expected=", ".join(trials.blocks),
-                hint="--layers-per-block decides how transformer layers are grouped.",
-            )
-        blocks = tuple(block for block in trials.blocks if block not in self._config.keep_float)
-        if not blocks:
-            raise ConfigError(
-                "nothing is left to be INT8",
-                got="every block in --keep-float",
-                expected="at least one other",
-                hint="the bundle runs in floating point as it is.",
-            )
+        blocks = searchable(trials.blocks, self._config.keep_float)
         journal = {
             (each.backend, frozenset(each.int8)): each for each in self._workspace.journal(Evaluation)
         }  # fmt: skip
@@ -301,8 +286,9 @@ class Selection:
                     raise
                 self._leave_out(name, error)
                 continue
+            verdict = acceptance.verdict if self._data.sample is not None else "not judged (made-up pictures)"
             self._reporter.result(
-                f"{acceptance.verdict}: {name}, action error {acceptance.action_error:.3g} on {acceptance.frames} test frames"
+                f"{verdict}: {name}, action error {acceptance.action_error:.3g} on {acceptance.frames} test frames"
             )
             for reason in acceptance.reasons:
                 self._reporter.warn(reason)
@@ -332,7 +318,7 @@ class Selection:
             policies.append(
                 Policy(self._workspace.folder, self._manifest, open_backend("ort:cpu", threads=self._config.threads))
             )
-            times = [sum(each.values()) for each in stage_times(policies, self._data.test[0], _ROUNDS)]
+            times = [sum(each.values()) for each in stage_times(policies, self._data.test[0], _RECORD)]
         finally:
             for policy in policies:
                 policy.close()

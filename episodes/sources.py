@@ -59,16 +59,24 @@ def matching(argument: str, root: Path = Path()) -> list[Path]:
         else:
             found += [file for file in (entry.iterdir() if entry.is_dir() else (entry,)) if _is_episode(file)]
     if not found:
-        deeper = path.is_dir() and any(file.suffix.lower() in _SUFFIXES for file in path.rglob("*"))
         raise EpisodeError(
             f"no episodes match {argument!r}",
             got="nothing ending in .h5 or .hdf5" if entries else "no such file or folder",
             expected="episode files, folders of them, globs, or LeRobot dataset folders",
-            hint=f'the files are in subfolders: pass "{argument.rstrip("/")}/**/*.h5".'
-            if deeper
-            else "check the path and that the disk with the recordings is mounted.",
+            hint=_where_else(argument, path),
         )
     return found
+
+
+def _where_else(argument: str, path: Path) -> str:
+    """A hint for an argument that means no episode."""
+    if path.is_dir() and any(file.suffix.lower() in _SUFFIXES for file in path.rglob("*")):
+        return f'the files are in subfolders: pass "{argument.rstrip("/")}/**/*.h5".'
+    if path.is_dir() and any(path.glob("*.mcap")):
+        return (
+            "there are flight recordings: name each .mcap, or make episodes of them, python episodes/from_recording.py"
+        )
+    return "check the path and that the disk with the recordings is mounted."
 
 
 def _is_episode(file: Path) -> bool:

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from bundle.manifest import Manifest
 from runtime.backends.select import PrecisionChoice, faster_in_int8
 from runtime.policy import Policy
 from runtime.processor import processor_name
 
 _ON_CPU = ("ort:cpu", "ort:openvino")
+
+
+def kind_of(manifest: Manifest) -> str:
+    """The precision that runs; of INT8 also what it was judged to be."""
+    found = manifest.quantized
+    if manifest.precision != "int8" or found is None:
+        return manifest.precision
+    judged = (
+        "not judged"
+        if found.random
+        else f"action error {found.action_error:.2g} of {found.budget:g} on {found.frames} frames"
+    )
+    return f"int8 ({judged})"
 
 
 def int8_notes(policy: Policy, asked: PrecisionChoice) -> list[str]:
@@ -31,8 +45,12 @@ def int8_notes(policy: Policy, asked: PrecisionChoice) -> list[str]:
 def why_not_int8(policy: Policy) -> str:
     """Why `auto` runs floating point though the bundle has an INT8 variant that may be run; empty if it does not, or has none."""
     quantized = policy.manifest.quantized
-    if policy.manifest.precision == "int8" or quantized is None or not quantized.trusted:
+    if policy.manifest.precision == "int8" or quantized is None:
         return ""
+    if quantized.random:
+        return "it was calibrated on made-up pictures; --precision int8 runs it"
+    if not quantized.trusted:
+        return "it failed its judgement; --precision int8 runs it"
     on_cpu = policy.backend in _ON_CPU
     kind = "ort:" if on_cpu else "trt "
     failed = [reason for reason in policy.passed_over if reason.startswith(kind) and " in int8: " in reason]

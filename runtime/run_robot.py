@@ -41,7 +41,7 @@ from runtime.drive import DriveOptions, Plan, drive, make_plan
 from runtime.events import Listener
 from runtime.notes import Notes
 from runtime.policy import Policy
-from runtime.precision import int8_notes
+from runtime.precision import int8_notes, kind_of
 from runtime.robot_toml import load_limits_file, load_robot_file
 from runtime.robot_view import plan_lines, summary_table
 
@@ -160,9 +160,10 @@ def _load(config: RunConfig, console: Console) -> tuple[Policy, dict[str, object
     checks = ["hashes not checked" if config.skip_hashes else "hashes ok"]
     if policy.backend != "fake":
         checks.append("golden step ok")
+    float_ = "float " if manifest.precision == "int8" else ""
     console.print(
-        f"{config.bundle}: {manifest.precision}, packing {manifest.prompt.packing}, backend {policy.backend}, "
-        f"parity {manifest.parity.verdict}, loaded in {load_s:.2f} s, {', '.join(checks)}",
+        f"{config.bundle}: {kind_of(manifest)}, packing {manifest.prompt.packing}, backend {policy.backend}, "
+        f"{float_}parity {manifest.parity.verdict}, loaded in {load_s:.2f} s, {', '.join(checks)}",
         markup=False,
         soft_wrap=True,
     )

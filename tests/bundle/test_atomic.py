@@ -596,8 +596,8 @@ def test_a_second_process_does_not_wait(held: tuple[Path, subprocess.Popen[str]]
     with pytest.raises(BundleLockedError) as caught:
         assert_free(target)
     assert str(caught.value) == (
-        f"another build is writing {target}\n  expected: one build at a time\n\n"
-        "hint: wait for it, or build into another directory with --out."
+        f"another command is writing {target}\n  got:      its lock is held\n  expected: one at a time\n\n"
+        "hint: wait for it to end, or work on another bundle."
     )
     assert_free(target.with_name("y.bundle"))
 

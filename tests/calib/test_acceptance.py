@@ -137,6 +137,19 @@ def test_a_sign_of_nearly_nothing_is_no_direction_and_a_start_is_one_from_a_tent
     )
 
 
+@pytest.mark.parametrize(("value", "stops"), [(0.049, 5), (0.051, 0)])
+def test_a_stop_where_the_reference_moves_is_another_decision(value: float, stops: int) -> None:
+    """Not where it creeps: a command that hovers about the threshold is no event."""
+    reference, candidate = steady(value=0.101), steady(value=0.101)
+    reference[100:, 0, 1] = 0.09
+    candidate[:5, 0, 0] = value
+    candidate[100:, 0, 1] = 0
+    found = judged(reference, candidate, budget=2)
+    assert [(each.count, each.of) for each in found.stops] == [(stops, FRAMES), (0, FRAMES)]
+    assert found.changed_frames == stops
+    assert ("linear_x stops where the reference moves in 5" in " ".join(found.reasons)) == (stops == 5)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("action", [VELOCITIES, GRIPPER, CLASSES])
 def test_what_is_not_finite_fails_any_budget(bad: float, action: Action) -> None:

@@ -142,6 +142,41 @@ def test_a_backend_that_came_since_is_measured(
         quantize(config(own_quantized, recorded))
 
 
+def test_made_up_pictures_do_not_replace_recordings_by_themselves(own_quantized: Path) -> None:
+    before = contents(own_quantized)
+    made_up = {"allow_random": True, "instruction": Manifest.load(own_quantized).prompt.instructions[0].text}
+    with pytest.raises(ConfigError, match="would replace an INT8 variant that was judged on recordings"):
+        quantize(config(own_quantized, None, **made_up))
+    assert contents(own_quantized) == before
+    log = quietly(config(own_quantized, None, force=True, **made_up))
+    assert "NOT JUDGED" in log
+    assert "PASS" not in log.replace("parity PASS", "")
+    assert "NOT JUDGED" in (own_quantized / "reports" / "quantization.html").read_text(encoding="utf-8")
+
+
+def test_a_failed_try_says_what_stays(own_quantized: Path, recorded: Path) -> None:
+    before = contents(own_quantized)
+    with pytest.raises(CalibrationError, match=f"keeps the INT8 variant that it has, of budget {GENEROUS:g}"):
+        quantize(config(own_quantized, recorded, max_action_error=1e-6))
+    assert contents(own_quantized) == before
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_block_that_does_not_exist_is_found_before_anything_is_computed(
+    built: Built, recorded: Path, monkeypatch: pytest.MonkeyPatch, dry_run: bool
+) -> None:
+    monkeypatch.setattr(calib.pipeline, "_calibrate", enough)
+    with pytest.raises(ConfigError, match="--keep-float names no block") as refused:
+        quantize(config(built(), recorded, keep_float=("head",), dry_run=dry_run))
+    assert refused.value.expected == ", ".join(BLOCKS)
+
+
+def test_a_dry_run_says_what_would_be_done(built: Built, recorded: Path) -> None:
+    log = quietly(config(built(), recorded, keep_float=("action_head",), dry_run=True))
+    assert f"to be INT8, if within {GENEROUS:g}: {', '.join(BLOCKS[:-1])}; on ort:cpu" in log
+    assert "dry run: nothing was written." in log
+
+
 @pytest.mark.parametrize("what", ["processor_name", "onnxruntime.__version__"])
 def test_on_another_machine_it_is_done_again(
     own_quantized: Path, recorded: Path, monkeypatch: pytest.MonkeyPatch, what: str
@@ -261,10 +296,9 @@ def test_lengths_that_nobody_has_looked_at_are_said(quantized: tuple[Path, str],
     bundle, log = quantized
     manifest = Manifest.load(bundle)
     short, long = manifest.prompt.buckets
-    for verb in ("calibrated", "judged"):
-        note = f"not {verb} at {long} slots: no instruction of those recordings is as long"
-        assert f"warning: {note}" in log
-        assert note in report_of(bundle).notes
+    note = f"neither calibrated nor judged at {long} slots: no instruction of those recordings runs at that length"
+    assert f"warning: {note}" in log
+    assert note in report_of(bundle).notes
     assert "more slots than they need" not in log  # the bundle was built for them
 
     text, wordy = manifest.prompt.instructions[0].text, " ".join(["go to the left of the basket"] * 7)

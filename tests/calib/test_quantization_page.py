@@ -21,8 +21,9 @@ from bundle.errors import ConfigError
 from bundle.manifest import Action
 from calib import figures
 from calib.acceptance import Acceptance, Flips, Pair, Streamed, judge
+from calib.outliers import OutlierRow
 from calib.pictures import worst_picture
-from calib.quantization_page import BlockRow, OutlierRow, Page, Point, check_page, render, sentence
+from calib.quantization_page import BlockRow, Page, Point, check_page, render, sentence
 from tests.html_document import Document
 
 pytest.importorskip("jinja2")
@@ -111,7 +112,8 @@ def test_everything_is_said() -> None:
     assert text.index("PASS") < text.index("the robot does the same") < text.index("What was tried")
     for word in (
         PAGE.title, PAGE.bundle, PAGE.variant, sentence(PAGE), *(name for pair in PAGE.facts for name in pair),
-        *(name for name, _ in PAGE.strata), *(caption for caption, _ in PAGE.worst_pictures), "of the time", "ms, was 1490",
+        *(name for name, _ in PAGE.strata), *(caption for caption, _ in PAGE.worst_pictures),
+        "of the time of floating point on ort:cpu", "ms, floating point on ort:cpu 1490",
     ):  # fmt: skip
         assert re.sub(r"\s+", " ", word) in text, word
     for point in PAGE.points:
@@ -144,6 +146,15 @@ def test_a_failure_says_why_before_anything_else() -> None:
         assert document.text.index(reason) < document.text.index("What was tried")
     assert "<title>FAIL: " in render(dataclasses.replace(PAGE, acceptance=found))
     assert ("td", "class", "warn") in document.attributes
+
+
+def test_made_up_pictures_judge_nothing() -> None:
+    text = Document(render(dataclasses.replace(PAGE, judged=False, notes=("not judged at 88 slots",)))).text
+    assert "PASS" not in text.replace("PASS up to", "")
+    assert "NOT JUDGED" in text
+    assert "what the robot would do is unknown" in text
+    assert "the robot does the same" not in text
+    assert "not judged at 88 slots" in text
 
 
 def test_the_sentence() -> None:

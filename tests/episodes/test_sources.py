@@ -80,6 +80,14 @@ def test_nothing_matches(tmp_path, argument, got, hint):
     assert hint in caught.value.hint
 
 
+def test_flight_recordings_are_told_apart_from_nothing(tmp_path):
+    (tmp_path / "RUN.mcap").touch()
+    with pytest.raises(EpisodeError, match="no episodes match") as caught:
+        find_sources([str(tmp_path)])
+    assert "from_recording.py" in caught.value.hint
+    assert find_sources([str(tmp_path / "RUN.mcap")]) == (tmp_path / "RUN.mcap",)
+
+
 def test_a_lerobot_dataset_stands_for_its_episodes(synthetic, tmp_path):
     pytest.importorskip("pyarrow")
     pytest.importorskip("av")

@@ -309,7 +309,7 @@ def test_damaged_weights_change_nothing(bundle: Path) -> None:
 
 
 def test_one_build_at_a_time(bundle: Path) -> None:
-    with exclusive(bundle), pytest.raises(BundleLockedError, match="another build is writing"):
+    with exclusive(bundle), pytest.raises(BundleLockedError, match="another command is writing"):
         build_engines(EnginesConfig(engines_only=bundle, engines=SM86))
     assert not (bundle / "engines").exists()
 

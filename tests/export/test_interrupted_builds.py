@@ -39,9 +39,9 @@ def test_a_second_build_of_the_same_target_is_refused(bundle: BuildConfig) -> No
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
         forced = change(bundle, force=True)
-        with pytest.raises(BundleLockedError, match="another build is writing") as caught:
+        with pytest.raises(BundleLockedError, match="another command is writing") as caught:
             build(forced)
-        assert "hint: wait for it, or build into another directory with --out." in str(caught.value)
+        assert "hint: wait for it to end, or work on another bundle." in str(caught.value)
         assert contents(bundle.target) == before
         # What needs no writing is not refused.
         assert "up to date" in quietly(bundle)

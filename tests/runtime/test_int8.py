@@ -15,7 +15,7 @@ import pytest
 
 from bundle import manifest as manifest_module
 from bundle.errors import BackendError, BundleError, DeviceError, EngineError, NoEnginesError, PromptError
-from bundle.manifest import Manifest, Measured
+from bundle.manifest import File, Manifest, Measured
 from runtime import golden
 from runtime.backends import select
 from runtime.backends.fake_gpu import ORIN, FakeCuda
@@ -132,7 +132,8 @@ def test_a_variant_that_nobody_should_trust_is_run_only_when_named(folder: Path,
     add_int8(folder, **change)
     policy = Policy.load(folder, threads=1)
     assert policy.manifest.precision == "fp32"
-    assert why_not_int8(policy) == ""
+    assert why_not_int8(policy).startswith("it was calibrated on made-up" if "random" in change else "it failed")
+    assert why_not_int8(policy).endswith("; --precision int8 runs it")
     assert Policy.load(folder, precision="int8", threads=1).manifest.precision == "int8"
 
 
@@ -422,6 +423,16 @@ def test_of_floating_point_only_auto_is_surprised(folder: Path) -> None:
     assert int8_notes(policy, "float") == []
     (note,) = int8_notes(policy, "auto")
     assert note.startswith("the INT8 variant does not run: ")
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_report_that_was_thrown_away_stops_no_robot(folder: Path, verify: bool) -> None:
+    report = File(sha256="0" * 64, bytes=1)
+    edit_manifest(folder, lambda old: msgspec.structs.replace(old, files={**old.files, "reports/build.json": report}))
+    for precision in ("float", "int8"):
+        Policy.load(folder, "ort:cpu", precision=precision, verify=verify)  # type: ignore[arg-type]
+    with pytest.raises(BundleError, match="is missing"):
+        Manifest.load(folder).verify(folder)
 
 
 def test_logging_stays_quiet(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
