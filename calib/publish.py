@@ -17,7 +17,8 @@ from bundle import engine_cache
 from bundle.atomic import link_or_copy, staged_directory
 from bundle.errors import CalibrationError
 from bundle.hashing import sha256_file
-from bundle.manifest import MANIFEST_NAME, File, Form, Graph, Manifest, Measured, Quantized, Stage
+from bundle.manifest import File, Form, Graph, Manifest, Measured, Quantized, Stage
+from bundle.strangers import keep_strangers
 from calib.acceptance import Acceptance
 from calib.calibrate import StageCalibration
 from calib.config import QuantizeConfig
@@ -112,7 +113,7 @@ def publish(
     """
     with staged_directory(bundle) as staging:
         kept = dict(manifest.files)
-        for name in sorted(kept.keys() | _unnamed(bundle)):
+        for name in kept:
             link_or_copy(bundle / name, staging / name)
         (staging / "reports").mkdir(exist_ok=True)
         stages: dict[str, Stage] = {}
@@ -155,19 +156,13 @@ def publish(
         final = msgspec.structs.replace(manifest, quantized=quantized, files=kept | files)
         final.save(staging)
         Manifest.load(staging).verify_sizes(staging)
+        keep_strangers(bundle, staging)
         engines = engine_cache.carry_over(bundle, staging, final)
         if engines:
             reporter.result(f"{engines} engines kept")
         size = sum(stage.weight_bytes for stage in stages.values())
         verdict = "NOT JUDGED" if result.random else quantized.verdict
         reporter.result(f"{bundle}  INT8 {human_bytes(size)}  {verdict}  {bundle / PAGE}")
-
-
-def _unnamed(bundle: Path) -> set[str]:
-    """What lies in the bundle's folder and is not the bundle's: a latency report, somebody's robot file. Engines have their own way."""
-    own = {MANIFEST_NAME, REPORT, PAGE, *Manifest.load(bundle).files}
-    found = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
-    return {name for name in found - own if not name.startswith(f"{engine_cache.ENGINES}/")}
 
 
 def _write_stage(

@@ -19,6 +19,7 @@ from bundle.atomic import disk_errors, link_or_copy, staged_directory
 from bundle.errors import BundleError, ParityError
 from bundle.hashing import sha256_file
 from bundle.manifest import File, FloatPrecision, Manifest, Stage
+from bundle.strangers import keep_strangers
 from export import verification
 from export.config import BUILD_REPORT, BuildConfig, BuildReport, Input, library_versions, request_sha256
 from export.console import Reporter, human_bytes
@@ -97,6 +98,7 @@ def run(config: BuildConfig, reporter: Reporter) -> None:
                 manifest = msgspec.structs.replace(manifest, files=files, parity=report.summary())
                 manifest.save(staging)
                 Manifest.load(staging).verify_sizes(staging)
+                keep_strangers(target, staging)
                 kept = engine_cache.carry_over(target, staging, manifest)
                 if kept:
                     reporter.result(f"{kept} engines kept")

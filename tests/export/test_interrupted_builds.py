@@ -32,6 +32,15 @@ with exclusive(Path(sys.argv[1])):
 """
 
 
+def test_a_rebuild_keeps_what_others_put_into_the_folder(bundle: BuildConfig) -> None:
+    theirs = bundle.target / "recordings" / "episode.h5"
+    theirs.parent.mkdir()
+    theirs.write_bytes(b"theirs")
+    quietly(change(bundle, force=True))
+    assert theirs.read_bytes() == b"theirs"
+    Manifest.load(bundle.target).verify(bundle.target)
+
+
 def test_a_second_build_of_the_same_target_is_refused(bundle: BuildConfig) -> None:
     before = contents(bundle.target)
     command = [sys.executable, "-c", HOLD, str(bundle.target)]
