@@ -84,8 +84,9 @@ def read_data(config: QuantizeConfig, manifest: Manifest, reporter: Reporter) ->
     ]
     sha256 = frames_sha256((each.instruction, each.frame) for each in seen)
     held = [sum(len(each.frames) for each in part) for part in parts]
+    used = {each.episode for each in seen} | {str(each.stretch.source) for part in parts for each in part}
     reporter.result(
-        f"{len(sources)} episodes: {len(seen)} calibration frames in {len(strata(sample))} strata, "
+        f"{len(used)} of {len(sources)} episodes: {len(seen)} calibration frames in {len(strata(sample))} strata, "
         f"{held[0]} frames to search by, {held[1]} to judge by; id {sha256[:12]}"
     )
     return Data(sample, seen, parts[0], parts[1], sha256)

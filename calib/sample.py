@@ -142,7 +142,7 @@ def draw(
     ]
     if len(chosen) < frames:
         lines.append(
-            f"calibration: {len(chosen)} frames of {frames} asked for; its {len(calibration)} episodes gave no more"
+            f"calibration: {len(chosen)} frames of {frames} asked for; its episodes ({len(calibration)}) gave no more"
         )
     return Sample(chosen, stretches["search"], stretches["test"], tuple(lines))
 
@@ -184,7 +184,7 @@ def _held_out(
                 dark.append(recording)
         stretches[name] = tuple(own)
         if (total := sum(len(stretch) for stretch in own)) < wanted:
-            short.append(f"{name}: {total} frames of {wanted} asked for; its {len(recordings)} episodes gave no more")
+            short.append(f"{name}: {total} frames of {wanted} asked for; its episodes ({len(recordings)}) gave no more")
     return stretches, tuple(dark), short
 
 
@@ -252,7 +252,8 @@ def _calibration(
         seen = dict(zip(wanted, look(recording, wanted), strict=True))
         lumas |= {(recording, frame): luma for frame, luma in seen.items() if luma is not None}
         if empty := [str(frame) for frame, luma in seen.items() if luma is None]:
-            blank.append(f"{recording.name}: left out frames that show nothing: {', '.join(empty)}")
+            which = "all that were drawn" if len(empty) == len(wanted) else ", ".join(empty)
+            blank.append(f"{recording.name}: left out frames that show nothing: {which}")
     if not lumas:
         raise EpisodeError(
             "the frames show nothing",

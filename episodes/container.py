@@ -23,9 +23,7 @@ from bundle.errors import EpisodeError
 
 _HEAD_BYTES = 16  # enough to recognise a text file, a zero-filled file or another format in an error message
 _LISTED_DATASETS = 20
-_COPY_AGAIN = (
-    "copy it again from the robot; if it is like this there too, the disk was full when it was recorded: delete it."
-)
+_COPY_AGAIN = "if it is an episode, copy it again from the robot; if it is like this there too, it was not written whole and is lost."
 
 
 def open_container(path: Path) -> h5py.File:

@@ -253,7 +253,7 @@ def test_whole_episodes_are_used_and_a_note_says_so_when_more_is_asked_for(manif
     sample = drawn(tmp_path, manifest, held=100)
 
     assert sum(len(stretch) for stretch in sample.test) == 18
-    assert "test: 18 frames of 100 asked for; its 1 episodes gave no more" in sample.notes
+    assert "test: 18 frames of 100 asked for; its episodes (1) gave no more" in sample.notes
 
 
 @given(
@@ -435,7 +435,7 @@ def test_fewer_than_asked_for_is_said(manifest: Manifest, tmp_path: Path) -> Non
     sample = drawn(tmp_path, manifest, frames=64)
 
     assert len(sample.calibration) == 18
-    assert "calibration: 18 frames of 64 asked for; its 1 episodes gave no more" in sample.notes
+    assert "calibration: 18 frames of 64 asked for; its episodes (1) gave no more" in sample.notes
 
 
 def test_fewer_than_can_calibrate_are_not_to_be_asked_for(recorded: Path, manifest: Manifest) -> None:
