@@ -27,6 +27,7 @@ from calib.calibrate import How, StageCalibration, calibrate_stage, runs
 from calib.config import QuantizeConfig
 from calib.data import Data, frame_finder, held_sha256, read_data, strata
 from calib.int8_weights import Ranges, write_integers
+from calib.own_error import own_error
 from calib.publish import PAGE, REPORT, Result, publish, read_request
 from calib.quantization_page import check_page
 from calib.rewrite import Integers
@@ -158,6 +159,7 @@ def _quantize(bundle: Path, config: QuantizeConfig, reporter: Reporter) -> Path:
             calibrations=found,
             acceptances=acceptances,
             measured=measured,
+            own=own_error(data.test, references, manifest.action) if data.sample is not None else (),
             machine=processor_name() or platform.machine(),
             seconds=dict(reporter.seconds),
         )

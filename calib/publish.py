@@ -25,6 +25,7 @@ from calib.config import QuantizeConfig
 from calib.figures import available
 from calib.int8_weights import DataFile
 from calib.outliers import OutlierRow, outliers
+from calib.own_error import OwnError
 from calib.pictures import worst_picture
 from calib.quantization_page import BlockRow, Page, Point, render
 from calib.rewrite import Integers, check, pack, rewrite
@@ -61,6 +62,7 @@ class Result:
     calibrations: Mapping[str, StageCalibration]
     acceptances: Mapping[str, Acceptance]
     measured: tuple[Measured, ...]
+    own: tuple[OwnError, ...]
     machine: str
     seconds: Mapping[str, float]
 
@@ -76,6 +78,7 @@ class Report(msgspec.Struct, frozen=True):
     tries: int
     acceptances: dict[str, Acceptance]
     measured: tuple[Measured, ...]
+    own: tuple[OwnError, ...]
     machine: str
     onnxruntime: str
     calibration_sha256: str
@@ -256,6 +259,7 @@ def _report(result: Result) -> Report:
         tries=result.tries,
         acceptances=dict(result.acceptances),
         measured=result.measured,
+        own=result.own,
         machine=result.machine,
         onnxruntime=onnxruntime.__version__,
         calibration_sha256=result.calibration_sha256,
@@ -328,6 +332,7 @@ def _page(bundle: Path, result: Result, frame: Callable[[str, int], NDArray[np.u
         backend=result.chosen.backend,
         notes=tuple(result.notes),
         judged=not result.random,
+        own=result.own,
     )
 
 

@@ -15,6 +15,7 @@ from calib import figures
 from calib.acceptance import Acceptance
 from calib.figures import BlockRow, Point
 from calib.outliers import OutlierRow
+from calib.own_error import OwnError
 from export.html_page import check_jinja2, fill
 
 __all__ = ["BlockRow", "OutlierRow", "Page", "Point", "check_page", "render", "sentence"]
@@ -34,6 +35,7 @@ class Page:
         backend: on which the points were measured.
         notes: what was left out, assumed or not looked at.
         judged: on recordings; made-up pictures say nothing about what the robot does.
+        own: how far the floating-point policy is from the recordings.
     """
 
     title: str
@@ -50,6 +52,7 @@ class Page:
     backend: str = "ort:cpu"
     notes: tuple[str, ...] = ()
     judged: bool = True
+    own: tuple[OwnError, ...] = ()
 
     @property
     def word(self) -> str:

@@ -123,6 +123,14 @@ def test_both_precisions_run(quantized: tuple[Path, str], built: Built, recorded
     policy.close()
 
 
+def test_the_report_says_how_far_the_policy_itself_is_off(quantized: tuple[Path, str]) -> None:
+    bundle, _ = quantized
+    own = report_of(bundle).own
+    assert [each.axis for each in own] == list(Manifest.load(bundle).action.names)
+    assert all(each.rmse > 0 for each in own)
+    assert "off what was recorded" in (bundle / "reports" / "quantization.html").read_text(encoding="utf-8")
+
+
 def test_the_second_time_there_is_nothing_to_do(quantized: tuple[Path, str], recorded: Path) -> None:
     bundle, _ = quantized
     before, inode = contents(bundle), bundle.stat().st_ino

@@ -22,6 +22,7 @@ from bundle.manifest import Action
 from calib import figures
 from calib.acceptance import Acceptance, Flips, Pair, Streamed, judge
 from calib.outliers import OutlierRow
+from calib.own_error import OwnError
 from calib.pictures import worst_picture
 from calib.quantization_page import BlockRow, Page, Point, check_page, render, sentence
 from tests.html_document import Document
@@ -146,6 +147,15 @@ def test_a_failure_says_why_before_anything_else() -> None:
         assert document.text.index(reason) < document.text.index("What was tried")
     assert "<title>FAIL: " in render(dataclasses.replace(PAGE, acceptance=found))
     assert ("td", "class", "warn") in document.attributes
+
+
+def test_the_policys_own_error_gives_the_scale() -> None:
+    own = (OwnError("linear_x", "m/s", 0.27), OwnError("linear_y", "m/s", 0.5))
+    text = Document(render(dataclasses.replace(PAGE, own=own))).text
+    assert "off what was recorded on these frames by 0.27 m/s in linear_x, 0.5 m/s in linear_y (RMSE" in re.sub(
+        r"\s+", " ", text
+    )
+    assert "off what was recorded" not in Document(render(PAGE)).text
 
 
 def test_made_up_pictures_judge_nothing() -> None:
