@@ -70,11 +70,12 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     write = os.pwrite
 
     def refuse(descriptor: int, data: bytes, position: int) -> int:
-        if state["error"] is None:
+        error = state["error"]  # the test may let go of it at any moment
+        if error is None:
             return write(descriptor, data, position)
         state["attempts"] += 1
         write(descriptor, bytes(data[: len(data) // 2]), position)  # as a disk that fills up in the middle
-        raise OSError(state["error"], os.strerror(state["error"]))
+        raise OSError(error, os.strerror(error))
 
     monkeypatch.setattr(recording_file.os, "pwrite", refuse)
     return state
