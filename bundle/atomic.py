@@ -34,15 +34,12 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
-        full, sealed = error.errno in _NO_ROOM, error.errno == errno.EROFS
-        mend = (
-            "free some space or " if full else "copy what is there to a disk that can be written, or " if sealed else ""
-        )
+        full = error.errno in _NO_ROOM
         raise StorageError(
             f"cannot write {path}",
             got=os.strerror(error.errno or 0),
             expected="room for the whole output" if full else "a folder that can be written and replaced",
-            hint=f"{mend}choose another folder; nothing was replaced.",
+            hint=f"{'free some space or ' if full else ''}choose another folder; nothing was replaced.",
         ) from error
 
 

@@ -56,8 +56,8 @@ def safer(
         return None
     last, acceptance = judged[-1]
     left = [
-        each for each in tried if each.action_error < last.action_error and each not in [each for each, _ in judged]
-    ]
+        each for each in tried if each.action_error < last.action_error
+    ]  # each that was judged is more exact than the one before
     if not left:
         return None
     over = number(acceptance.action_error) / acceptance.budget

@@ -91,10 +91,8 @@ def _quantize(bundle: Path, config: QuantizeConfig, reporter: Reporter) -> Path:
         notes = _length_notes(manifest, data, bundle)
         for note in notes:
             reporter.warn(note)
-        first: dict[tuple[str, int | None], StageGraph] = {
-            (stage, None): _first_graph(bundle, manifest, stage, config.layers_per_block) for stage in STAGES
-        }
-        blocks = [block for stage in STAGES for block in blocks_of(first, stage)]
+        graphs = _read_graphs(bundle, manifest, config.layers_per_block)
+        blocks = [block for stage in STAGES for block in blocks_of(graphs, stage)]
         chosen_from = searchable(blocks, config.keep_float)
         backends, left_out = usable_backends(config)
         for line in left_out:
@@ -133,9 +131,9 @@ def _quantize(bundle: Path, config: QuantizeConfig, reporter: Reporter) -> Path:
     with reporter.step("Calibrate"):
         found = _calibrate(workspace, manifest, data, how, reporter)
     with reporter.step("Integers"):
-        graphs = _read_graphs(workspace, manifest, config.layers_per_block)
+        graphs = _read_graphs(workspace.folder, manifest, config.layers_per_block)
         integers = _integers(workspace, graphs, found, reporter)
-    run = Selection(config, manifest, data, workspace, graphs, integers, reporter)
+    run = Selection(config, manifest, data, workspace, graphs, integers, backends, reporter)
     with reporter.step("Search"):
         references = run.references()
         trials = run.fastest_backend()
@@ -168,11 +166,6 @@ def _quantize(bundle: Path, config: QuantizeConfig, reporter: Reporter) -> Path:
     return bundle
 
 
-def _first_graph(folder: Path, manifest: Manifest, stage: str, layers_per_block: int) -> StageGraph:
-    sequence = manifest.stages[stage].graphs[0].sequence
-    return read_stage(folder, manifest, stage, sequence=sequence, layers_per_block=layers_per_block)
-
-
 def _calibrate(
     workspace: Workspace, manifest: Manifest, data: Data, how: How, reporter: Reporter
 ) -> dict[str, StageCalibration]:
@@ -193,12 +186,10 @@ def _calibrate(
     return found
 
 
-def _read_graphs(
-    workspace: Workspace, manifest: Manifest, layers_per_block: int
-) -> dict[tuple[str, int | None], StageGraph]:
+def _read_graphs(folder: Path, manifest: Manifest, layers_per_block: int) -> dict[tuple[str, int | None], StageGraph]:
     return {
         (stage, graph.sequence): read_stage(
-            workspace.folder, manifest, stage, sequence=graph.sequence, layers_per_block=layers_per_block
+            folder, manifest, stage, sequence=graph.sequence, layers_per_block=layers_per_block
         )
         for stage in STAGES
         for graph in manifest.stages[stage].graphs

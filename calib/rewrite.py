@@ -101,12 +101,13 @@ class _Writer:
                 inputs.append(self._stored(f"{site.weight}.bias32"))
             self._add("QGemm", inputs, output, name=node.name, domain="com.microsoft", transB=1)
         else:
-            activation = self._dequantized(self._padded(quantized, self._rows_to_add(site)), scale_name, zero_name)
+            more = self._rows_to_add(site)
+            activation = self._dequantized(self._padded(quantized, more), scale_name, zero_name)
             self._add("DequantizeLinear", [weight, weight_scale, zero], f"{weight}.float", axis=0)
             inputs = [activation, f"{weight}.float"]
             if site.bias is not None:
                 inputs.append(self._stored(f"{site.weight}.bias"))
-            self._gemm(node.name, inputs, output, self._rows_to_add(site))
+            self._gemm(node.name, inputs, output, more)
         if half:
             self._add("Cast", [output], node.output[0], to=TensorProto.FLOAT16)
 

@@ -24,10 +24,9 @@ from calib.stage_graph import StageGraph
 from calib.trial import Held, Trials, stage_times, stream
 from calib.workspace import Workspace
 from export.console import Reporter
-from runtime.backends.select import open_backend
+from runtime.backends.select import FORMS, open_backend
 from runtime.policy import Policy
 
-BACKENDS = ("ort:cpu", "ort:openvino")
 Floats = NDArray[np.float32]
 # Steps of each policy when backends are compared, when an assignment is timed, for the record at the end by which the robot chooses, and
 # when an assignment with less INT8 than another seems to be faster.
@@ -43,7 +42,7 @@ def usable_backends(config: QuantizeConfig) -> tuple[list[str], list[str]]:
         BackendError: the one that was named does not work.
     """
     usable, left_out = [], []
-    for name in BACKENDS if config.backend == "auto" else (config.backend,):
+    for name in FORMS if config.backend == "auto" else (config.backend,):
         try:
             open_backend(name, threads=config.threads)
         except BackendError as error:
@@ -66,12 +65,14 @@ class Selection:
         workspace: Workspace,
         graphs: Mapping[tuple[str, int | None], StageGraph],
         integers: Mapping[str, Integers],
+        backends: Sequence[str],
         reporter: Reporter,
     ) -> None:
+        """`backends`: those that can be used; one that fails on the way is taken out."""
         self._config, self._manifest, self._data = config, manifest, data
         self._workspace, self._graphs, self._integers = workspace, graphs, integers
         self._reporter = reporter
-        self._backends: list[str] | None = None
+        self.backends = list(backends)
 
     def _trials(self, backend: str) -> Trials:
         return Trials(
@@ -94,35 +95,26 @@ class Selection:
         self._workspace.save_reference(found)
         return found
 
-    def backends(self) -> list[str]:
-        """Those that are installed and asked for, and have not failed."""
-        if self._backends is not None:
-            return self._backends
-        self._backends, left_out = usable_backends(self._config)
-        for line in left_out:
-            self._reporter.result(line)
-        return self._backends
-
     def _leave_out(self, name: str, error: BackendError) -> None:
         """Go on without a backend.
 
         Raises:
             BackendError: it is the only one, or was asked for.
         """
-        if self.backends() == [name]:
+        if self.backends == [name]:
             raise error
         self._reporter.warn(f"{name} is left out: {error.what} ({error.got})")
-        self._backends = [other for other in self.backends() if other != name]
+        self.backends = [other for other in self.backends if other != name]
 
     def fastest_backend(self) -> Trials:
         """The backend on which everything in INT8 takes the least time; once found, a run that goes on keeps to it."""
         known = self._workspace.load_fastest()
-        if known in self.backends():
+        if known in self.backends:
             self._reporter.result(f"searching on {known}, as before")
             return self._trials(known)
         policies: dict[str, Policy] = {}
         try:
-            for name in self.backends():
+            for name in self.backends:
                 trials = self._trials(name)
                 try:
                     policies[name] = trials.policy(frozenset(trials.blocks))
@@ -278,7 +270,7 @@ class Selection:
     ) -> dict[str, Acceptance]:
         """The judgement by backend; after a FAIL on recordings no further one is asked."""
         found: dict[str, Acceptance] = {}
-        for name in [trials.backend, *(name for name in self.backends() if name != trials.backend)]:
+        for name in [trials.backend, *(name for name in self.backends if name != trials.backend)]:
             try:
                 acceptance = self._judge(name, frozenset(chosen.int8), references)
             except BackendError as error:

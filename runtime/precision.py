@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from bundle.manifest import Manifest
-from runtime.backends.select import PrecisionChoice, faster_in_int8
+from runtime.backends.select import FORMS, PrecisionChoice, faster_in_int8
 from runtime.policy import Policy
 from runtime.processor import processor_name
-
-_ON_CPU = ("ort:cpu", "ort:openvino")
 
 
 def kind_of(manifest: Manifest) -> str:
@@ -33,7 +31,7 @@ def int8_notes(policy: Policy, asked: PrecisionChoice) -> list[str]:
     if asked == "auto" and (why := why_not_int8(policy)):
         notes.append(f"the INT8 variant does not run: {why}")
     quantized, here = policy.manifest.quantized, processor_name()
-    runs = policy.manifest.precision == "int8" and policy.backend in _ON_CPU
+    runs = policy.manifest.precision == "int8" and policy.backend in FORMS
     if runs and quantized is not None and here is not None and quantized.machine != here:
         # Where a CPU has no bf16, OpenVINO computes what is not INT8 in fp32: as exact or more, but not what was judged.
         notes.append(
@@ -51,7 +49,7 @@ def why_not_int8(policy: Policy) -> str:
         return "it was calibrated on made-up pictures; --precision int8 runs it"
     if not quantized.trusted:
         return "it failed its judgement; --precision int8 runs it"
-    on_cpu = policy.backend in _ON_CPU
+    on_cpu = policy.backend in FORMS
     kind = "ort:" if on_cpu else "trt "
     failed = [reason for reason in policy.passed_over if reason.startswith(kind) and " in int8: " in reason]
     if failed:

@@ -29,7 +29,7 @@ NAMES = ("auto", "trt", "ort", *PROVIDERS, "fake")
 _FLOAT: Candidate = ("ort:cpu", "float")
 _ON_CPU: tuple[Candidate, ...] = (("ort:openvino", "int8"), ("ort:cpu", "int8"), _FLOAT)
 # Besides engines, only these gain from INT8; on other providers of GPUs its graphs run, but not faster.
-_FORMS: dict[str, Form] = {"ort:cpu": "ort-cpu", "ort:openvino": "openvino"}
+FORMS: dict[str, Form] = {"ort:cpu": "ort-cpu", "ort:openvino": "openvino"}
 
 
 def candidates(
@@ -64,7 +64,7 @@ def candidates(
     if name not in ("auto", "ort"):
         if precision == "int8":
             return ((name, "int8"),)
-        gains = name == "trt" or (name in _FORMS and faster_in_int8(name, quantized))
+        gains = name == "trt" or (name in FORMS and faster_in_int8(name, quantized))
         return ((name, "int8"), (name, "float")) if gains else ((name, "float"),)
     if precision == "auto":
         return (*_engines(name), *dict.fromkeys((*_measured_on_cpu(quantized), _FLOAT)))
@@ -115,7 +115,7 @@ def view_of(manifest: Manifest, name: str, kind: Kind) -> Manifest:
 
 def form_of(name: str) -> Form:
     """The form of INT8 graphs that a backend runs best."""
-    return _FORMS.get(name, "portable")
+    return FORMS.get(name, "portable")
 
 
 def open_backend(name: str, *, threads: int = 0, verify: bool = True) -> Backend:

@@ -586,7 +586,7 @@ def test_what_was_calibrated_is_not_calibrated_again(
         return real(name, *rest)
 
     monkeypatch.setattr(calib.pipeline, "calibrate_stage", interrupted)
-    monkeypatch.setattr(calib.pipeline, "_read_graphs", enough)
+    monkeypatch.setattr(calib.pipeline, "_integers", enough)
     with pytest.raises(KeyboardInterrupt):
         quantize(config(bundle, recorded))
     with pytest.raises(Enough):
