@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bundle.manifest import Tensor
 
-ELEMENTS = {"float32": 1, "uint8": 2, "int8": 3, "int64": 7, "float16": 10}
+ELEMENTS = {"float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7, "float16": 10}
 """ONNX's numbers for element types (TensorProto.DataType)."""
 
 

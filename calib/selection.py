@@ -320,6 +320,10 @@ class Selection:
             self._reporter.result(
                 f"{row.backend} {row.precision}: {row.step_ms:.4g} ms a step, {row.step_ms / times[-1]:.2f} of floating point"
             )
+        if min(times[:-1]) > times[-1]:
+            self._reporter.warn(
+                "INT8 is not faster than floating point on this machine: auto will run floating point here"
+            )
         return tuple(sorted(rows, key=lambda each: each.step_ms))
 
     @staticmethod

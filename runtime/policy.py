@@ -61,6 +61,8 @@ class Policy:
         self._folder = folder
         self._embedding = load_embedding(folder)
         self._chain = backend.open(folder, manifest)
+        self.remark = backend.remark
+        """What a person should know about how the backend computes this bundle; mostly empty."""
         dims = manifest.dimensions
         self._frames = np.zeros((len(manifest.preprocessing.cameras), dims.image_size, dims.image_size, 3), np.uint8)
 

@@ -30,6 +30,8 @@ def int8_notes(policy: Policy, asked: PrecisionChoice) -> list[str]:
     notes = []
     if asked == "auto" and (why := why_not_int8(policy)):
         notes.append(f"the INT8 variant does not run: {why}")
+    if policy.remark:
+        notes.append(policy.remark)
     quantized, here = policy.manifest.quantized, processor_name()
     runs = policy.manifest.precision == "int8" and policy.backend in FORMS
     if runs and quantized is not None and here is not None and quantized.machine != here:

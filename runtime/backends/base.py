@@ -57,6 +57,8 @@ class Backend(Protocol):
     """A way to execute a policy, with the name that `Policy.load(backend=...)` takes."""
 
     name: str
+    remark: str
+    """What a person should know about how the opened bundle is computed; mostly empty."""
 
     def open(self, folder: Path, manifest: Manifest) -> Chain:
         """Load the stages of a bundle as one chain. The language stage may wait until a prompt tells its length.

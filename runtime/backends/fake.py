@@ -24,6 +24,7 @@ class FakeBackend:
 
     def __init__(self, *, fail_at: int | None = None) -> None:
         self.name = "fake"
+        self.remark = ""
         self.runs: dict[str, int] = {}
         self._fail_at = fail_at
 

@@ -34,6 +34,7 @@ PROVIDERS = {
 _ON_DEVICE = ("ort:cuda",)
 # Providers that pack a copy of the weights and leave the file mapped.
 _PACKING = ("ort:openvino",)
+UNSIGNED = "INT8 weights run as unsigned integers, because products of signed ones saturate on this CPU (no VNNI): the same sums, slower"
 _DTYPES = {"float32": np.float32, "float16": np.float16, "int64": np.int64, "uint8": np.uint8}
 
 
@@ -54,6 +55,8 @@ class OrtBackend:
                 "the number of threads is negative", got=threads, expected="0 or more", hint="0 takes all."
             )
         self.name = name
+        self.remark = ""
+        self._unsigned = False
         self._runtime = _import_onnxruntime()
         self._provider = PROVIDERS[name]
         self._threads = threads or len(os.sched_getaffinity(0))
@@ -84,14 +87,34 @@ class OrtBackend:
         """
         # INT8 has rounded far more than bf16 does to what is left in floating point.
         self._exact = manifest.precision == "fp32"
+        self._unsigned, self.remark = False, ""
         if manifest.precision == "int8":
-            probe_int8(self.name, self._stage)
+            self._find_exact_products()
         self._weights = {graph.file: entry.weights for entry in manifest.stages.values() for graph in entry.graphs}
         if self.name in _ON_DEVICE:
             return OrtDeviceChain(
                 self._runtime, lambda graph: self._session(str(folder / graph.file), graph), manifest, "cuda"
             )
         return HostChain(self, folder, manifest)
+
+    def _find_exact_products(self) -> None:
+        """Take the INT8 products whose sums are right on this CPU.
+
+        x86 CPUs without VNNI multiply uint8 by int8 and add pairs of products in 16 bits, which saturates. For them ONNX Runtime can make
+        the int8 weights `w` of a graph uint8, `w + 128` with the zero point 128, when it loads it: the same integers from the same files,
+        and for uint8 by uint8 it widens to 16 bits first. Elsewhere that would take up to twice the time (docs/performance.md).
+
+        Raises:
+            BackendError: they are wrong in both ways.
+        """
+        try:
+            probe_int8(self.name, self._stage)
+        except BackendError:
+            if self.name != "ort:cpu":
+                raise
+            self._unsigned = True
+            probe_int8(self.name, self._stage)
+            self.remark = UNSIGNED
 
     def load(self, folder: Path, graph: Graph) -> OrtStage:
         """Create a session for one graph; its external weights are memory-mapped by ONNX Runtime."""
@@ -108,6 +131,8 @@ class OrtBackend:
         options.log_severity_level = 3
         # Between its runs a session's threads would spin on CPUs that other stages, and the control loop, need.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        if self._unsigned:
+            options.add_session_config_entry("session.x64quantprecision", "1")
         arguments: dict[str, Any] = {}
         try:
             if self._plugin:

@@ -26,16 +26,20 @@ class Plugin:
         package: Python package that carries the library.
         extra: of jetvla, that installs it.
         device: (metadata key, value) that the wanted device has; None takes the first of the kind GPU.
+        vendor: whose devices it lists, as seen here.
     """
 
     package: str
     extra: str
     device: tuple[str, str] | None
+    vendor: str
 
 
 PLUGINS = {
-    "ort:tensorrt-rtx": Plugin("onnxruntime_ep_nv_tensorrt_rtx", "ort-trt-rtx", None),
-    "ort:openvino": Plugin("onnxruntime_ep_openvino", "openvino", ("ov_device", "CPU")),
+    "ort:tensorrt-rtx": Plugin("onnxruntime_ep_nv_tensorrt_rtx", "ort-trt-rtx", None, "the plugin lists NVIDIA's GPUs"),
+    "ort:openvino": Plugin(
+        "onnxruntime_ep_openvino", "openvino", ("ov_device", "CPU"), "the plugin lists Intel's CPUs, and none of AMD"
+    ),
 }
 
 
@@ -85,8 +89,8 @@ def plugin_device(name: str) -> Any:
     if not found:
         raise BackendError(
             f"{name} finds no device",
-            got=", ".join(sorted({str(item.ep_name) for item in onnxruntime.get_ep_devices()})),
-            hint="--backend ort:cpu works everywhere.",
+            got=", ".join(sorted({f"{item.device.vendor} {item.ep_name}" for item in onnxruntime.get_ep_devices()})),
+            hint=f"{plugin.vendor}; --backend ort:cpu works everywhere.",
             absent=True,
         )
     return found[0]

@@ -36,6 +36,7 @@ class TrtBackend:
     """
 
     name = "trt"
+    remark = ""
 
     def __init__(
         self,

@@ -16,7 +16,7 @@ from episodes.instruction import sentence
 from episodes.synthetic import write_synthetic
 from export.pipeline import BuildConfig, build
 from tests.calib.made import Prepared, prepare, seen_frames
-from tests.calib.quantizing import config, quietly
+from tests.calib.quantizing import alike, config, quietly
 from tests.export.builds import QUICK
 from train.synthetic import SyntheticOptions, make_checkpoint
 
@@ -89,6 +89,12 @@ def prepared(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Callable
     return make
 
 
+@pytest.fixture(autouse=True)
+def _no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is chosen depends on no clock; `stage_times` itself is tested in test_trial.py."""
+    monkeypatch.setattr("calib.selection.stage_times", alike)
+
+
 @pytest.fixture
 def driving_by_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Directions that a random policy changes its mind about are no reason to fail."""
@@ -101,6 +107,7 @@ def quantized(built: Built, recorded: Path, tmp_path_factory: pytest.TempPathFac
     bundle = Path(shutil.copytree(built(), tmp_path_factory.mktemp("quantized") / "policy.bundle"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("calib.acceptance._EVENTS", 1.0)
+        patch.setattr("calib.selection.stage_times", alike)
         return bundle, quietly(config(bundle, recorded))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from calib.frames import random_sample
 from calib.int8_weights import Ranges, write_integers
 from calib.rewrite import Integers
 from calib.stage_graph import STAGES, StageGraph, read_stage
+from runtime.backends.ort import OrtBackend
 from runtime.instruction import load_embedding, prompt_tensors
 
 Feeds = dict[str, NDArray[Any]]
@@ -114,11 +116,34 @@ def run(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
+    # Optimizations may make a QGemm of a Q/DQ pattern.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    model: str | bytes = str(path)
+    if signed_products_saturate():
+        model = with_unsigned_weights(onnx.load(path)).SerializeToString()
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+
+
+@cache
+def signed_products_saturate() -> bool:
+    """This CPU has no VNNI, so a session that is not told otherwise computes QGemm wrongly."""
+    backend = OrtBackend("ort:cpu", threads=1)
+    backend._find_exact_products()
+    return backend._unsigned
+
+
+def with_unsigned_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same integers as uint8. onnxruntime would do that as an optimization, but these sessions have none."""
+    names = {node.input[index] for node in model.graph.node if node.op_type == "QGemm" for index in (3, 5)}
+    for proto in model.graph.initializer:
+        if proto.name in names:
+            shifted = (numpy_helper.to_array(proto).astype(np.int16) + 128).astype(np.uint8)
+            proto.CopyFrom(numpy_helper.from_array(shifted, proto.name))
+    return model
 
 
 def run_model(

@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,11 +20,10 @@ from bundle.errors import BackendError, BundleError, ConfigError
 from bundle.hashing import sha256_file
 from bundle.manifest import File, Form, Manifest
 from calib.folding import FoldCheck, check_folding, fold, stored_factors
-from calib.stage_graph import STAGES, read_graph
-from runtime.policy import Policy
+from calib.stage_graph import read_graph
 from tests.calib.conftest import Built
 from tests.calib.made import Prepared
-from tests.calib.quantizing import config, quietly
+from tests.calib.quantizing import alike, config, quietly
 from tests.export.builds import contents
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,9 +44,6 @@ def own_int8(all_int8: Path, tmp_path: Path) -> Path:
 
 
 def _quantize(bundle: Path, recorded: Path, **options: Any) -> None:
-    def alike(policies: Sequence[Policy], *_: object) -> list[dict[str, float]]:
-        return [dict.fromkeys(STAGES, 1.0) for _ in policies]
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("calib.acceptance._EVENTS", 1.0)
         patch.setattr("calib.selection.stage_times", alike)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from calib.stage_graph import STAGES, Site, StageGraph
 from runtime.backends.ort import OrtBackend
 from tests.calib.conftest import Built
 from tests.calib.made import Prepared, prepare, run, run_model, seen_frames, stored
+from tests.openvino import needs_openvino
 
 FORMS: tuple[Form, ...] = get_args(Form)
 SUBSETS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -330,8 +330,8 @@ def test_rows_that_were_added_change_nothing(fp32: Prepared, monkeypatch: pytest
     assert largest(result(fp32, "vision", model), result(fp32, "vision", plain)) <= 1e-6
 
 
-@pytest.mark.skipif(importlib.util.find_spec("onnxruntime_ep_openvino") is None, reason="OpenVINO is not installed")
 def test_rows_that_were_added_change_no_bit_in_openvino(fp32: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_openvino()
     graph = fp32.manifest.graph("vision")
     backend = OrtBackend("ort:openvino", threads=1)
     found = []

@@ -353,6 +353,19 @@ def test_it_is_told_how_many_were_judged(bench: Bench, monkeypatch: pytest.Monke
     assert chosen == (whole, *safer[::-1])[fails]
 
 
+@pytest.mark.parametrize("int8_ms", [0.5, 1.0, 2.0])
+def test_int8_that_is_not_faster_is_said(bench: Bench, monkeypatch: pytest.MonkeyPatch, int8_ms: float) -> None:
+    def times(policies: Sequence[Policy], held: Held, rounds: int) -> list[dict[str, float]]:
+        return [{"vision": int8_ms if each.manifest.precision == "int8" else 1.0} for each in policies]
+
+    monkeypatch.setattr(calib.selection, "stage_times", times)
+    run, reporter = bench.select()
+    whole = Evaluation("ort:cpu", run._trials("ort:cpu").blocks, 0.1, 1.0)
+    rows = run.measure(whole, dict.fromkeys(["ort:cpu"]))  # type: ignore[arg-type]
+    assert next(row.precision for row in rows if row.step_ms == int8_ms) == "int8"
+    assert ("INT8 is not faster than floating point on this machine" in reporter.log) == (int8_ms > 1)
+
+
 # --- from end to end ----------------------------------------------------------------------------------------------------------
 
 

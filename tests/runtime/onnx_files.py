@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,11 +35,20 @@ class GraphWriter:
         self.domains.update([domain] if domain else [])
         return output
 
-    def constant(self, value: NDArray[np.generic]) -> str:
+    def constant(self, value: NDArray[np.generic], file: Path | None = None) -> str:
+        """A constant, in the graph or at the end of a file beside it; returns its name."""
         name = f"c{len(self.constants)}"
         dims = b"".join(number(1, size) for size in value.shape)
         kind = number(2, ELEMENTS[str(value.dtype)])
-        self.constants.append(message(5, dims + kind + text(8, name) + message(9, value.tobytes())))
+        if file is None:
+            content = message(9, value.tobytes())
+        else:
+            offset = file.stat().st_size if file.exists() else 0
+            facts = {"location": file.name, "offset": str(offset), "length": str(value.nbytes)}
+            content = b"".join(message(13, text(1, key) + text(2, fact)) for key, fact in facts.items()) + number(14, 1)
+            with file.open("ab") as data:
+                data.write(value.tobytes())
+        self.constants.append(message(5, dims + kind + text(8, name) + content))
         return name
 
     def numbers(self, *values: int) -> str:

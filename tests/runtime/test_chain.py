@@ -24,6 +24,7 @@ class Hiding:
     """The fake backend, whose stages answer anything with finite numbers as INT8 ones do; one number of `spoiled` is `value`."""
 
     name = "hiding"
+    remark = ""
 
     def __init__(self) -> None:
         self.spoiled, self.value = "", 0.0

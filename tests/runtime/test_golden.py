@@ -167,6 +167,7 @@ class BrokenBackend:
     """ONNX Runtime with one stage that computes something else."""
 
     name = "broken"
+    remark = ""
 
     def __init__(self, stage: str, edit: Callable[[np.ndarray], np.ndarray]) -> None:
         self._backend, self._broken, self._edit = open_backend("ort:cpu", threads=1), stage, edit

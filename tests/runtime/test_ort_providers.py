@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,6 +23,7 @@ from runtime.backends.ort_device import OrtDeviceChain
 from runtime.backends.ort_probe import PROBE, expected, int8_model, probe, probe_int8, probe_model
 from runtime.policy import Policy
 from tests.bundles import GO_LEFT, LONG_IDS, Tiny, add_int8, make_bundle
+from tests.openvino import needs_openvino
 from tests.runtime.onnx_files import GraphWriter
 
 FRAMES = np.random.default_rng(3).integers(0, 256, (8, 24, 32, 3), dtype=np.uint8)
@@ -166,6 +165,7 @@ def test_products_that_saturate_are_found(name: str) -> None:
     assert caught.value.got == f"a sum of 64 products that is off by 99.2%, on {name}"
     assert "exact" in str(caught.value.expected)
     assert "--precision float" in caught.value.hint
+    assert ("--backend ort:cpu" in caught.value.hint) == (name != "ort:cpu")
     assert not caught.value.absent  # worth a warning
     with pytest.raises(BackendError, match="saturate"):
         probe_int8(name, lambda model, graph: Product(exact, lambda y: y * np.float32(np.nan)))
@@ -209,19 +209,10 @@ def opened_by(command: list[str], name: str, folder: Path, **environment: str) -
     return done.stderr
 
 
-@pytest.mark.usefixtures("onnxruntime")
-def test_onnx_runtime_on_a_cpu_without_vnni(folder: Path) -> None:
-    """QEMU's largest x86 CPU has AVX2 and no VNNI."""
-    emulator = shutil.which("qemu-x86_64")
-    if emulator is None or platform.machine() != "x86_64":
-        pytest.skip("qemu-x86_64 is not installed")
-    assert "8-bit products saturate" in opened_by([emulator, "-cpu", "max"], "ort:cpu", folder)
-
-
 @pytest.mark.parametrize(("isa", "saturates"), [("AVX2", True), ("AVX512_CORE", True), ("AVX512_CORE_VNNI", False)])
 def test_openvino_on_a_cpu_without_vnni(folder: Path, isa: str, saturates: bool) -> None:
     """oneDNN, which computes OpenVINO's products, can be told to take a CPU for less than it is."""
-    pytest.importorskip("onnxruntime_ep_openvino")
+    needs_openvino()
     if not {"avx512_vnni", "avx512bw"} <= cpu_flags():
         pytest.skip("this CPU is itself one without VNNI")
     errors = opened_by([], "ort:openvino", folder, ONEDNN_MAX_CPU_ISA=isa)
@@ -243,6 +234,7 @@ def device_policy(onnxruntime: ModuleType, folder: Path) -> Policy:
 
     class Backend:
         name = "ort:device"
+        remark = ""
 
         def open(self, folder: Path, manifest: Manifest) -> OrtDeviceChain:
             def session(graph: Graph) -> Any:
@@ -363,8 +355,8 @@ def test_an_onnxruntime_without_plugins(onnxruntime: ModuleType, monkeypatch: py
 
 def test_openvino(onnxruntime: ModuleType, folder: Path) -> None:
     """The real plugin: changed inputs are seen, the numbers are right, and it really runs there."""
-    pytest.importorskip("onnxruntime_ep_openvino")
     ort_plugins.plugin_device.cache_clear()
+    needs_openvino()
     backend = OrtBackend("ort:openvino", threads=1)
     policy = Policy(folder, Manifest.load(folder), backend)
     host = Policy.load(folder, "ort:cpu", threads=1)
@@ -377,8 +369,8 @@ def test_openvino(onnxruntime: ModuleType, folder: Path) -> None:
 
 
 def test_openvino_rounds_int8_and_gives_pages_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("onnxruntime_ep_openvino")
     ort_plugins.plugin_device.cache_clear()
+    needs_openvino()
     add_int8(folder)
     released: list[str] = []
     monkeypatch.setattr(mapped_weights, "release", lambda path: released.append(path.name) or 0)
@@ -395,8 +387,8 @@ def test_openvino_rounds_int8_and_gives_pages_back(folder: Path, monkeypatch: py
 
 
 def test_openvino_does_not_hand_nodes_to_the_cpu(onnxruntime: ModuleType, tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime_ep_openvino")
     ort_plugins.plugin_device.cache_clear()
+    needs_openvino()
     writer = GraphWriter()
     writer.add("NoSuchOperator", "x", out="y")
     (tmp_path / "g.onnx").write_bytes(writer.model(PROBE.inputs, PROBE.outputs))
