@@ -69,6 +69,7 @@ class PyCuda:
             return Device(
                 name=str(self._device.name()),
                 sm=10 * int(major) + int(minor),
+                multiprocessors=int(attributes[self._cuda.device_attribute.MULTIPROCESSOR_COUNT]),
                 memory_bytes=int(self._device.total_memory()),
                 integrated=bool(attributes[self._cuda.device_attribute.INTEGRATED]),
                 driver=int(self._cuda.get_driver_version()),
