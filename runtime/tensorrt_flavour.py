@@ -5,7 +5,7 @@ answers. TensorRT 8.6 is refused: it calls every tensor FLOAT until an engine is
 The differences that matter:
 
 * Strong typing is a flag, always on in 11 and deprecated there.
-* Engines are written to a stream, which spares a copy of the weights, from 10.8 on or so.
+* Engines are written to a stream, which spares a copy of the weights, where it can be (10.13 can, 10.7 cannot).
 * TensorRT-RTX builds for GPUs that are not there (compute capabilities), compiles the rest when an engine is loaded (runtime cache), has
   no timing cache, and lets an engine be captured in a CUDA graph if its scratch memory is ours.
 

@@ -308,6 +308,7 @@ def fake_module(
     module = SimpleNamespace(
         __version__=number,
         DataType=DataType,
+        ITensor=ITensor,
         ErrorCode=OldErrorCode if old else NewErrorCode,
         **classes,
         **{name: enum.IntEnum(name, members) for name, members in enumerations.items()},
