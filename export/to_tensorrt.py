@@ -105,10 +105,9 @@ def build_engine(tensorrt: TensorRT, request: EngineRequest, report: Report) -> 
             tensorrt.set_target(config, request.target)
         tensorrt.set_workspace(config, request.workspace_bytes)
         config.builder_optimization_level = request.optimization_level
-        tensorrt.set_details(config)
         tensorrt.set_progress(config, watch)
         if request.refit:
-            tensorrt.set_refit(config)
+            config.set_flag(tensorrt.module.BuilderFlag.REFIT)
         cache = Path(request.timing_cache) if request.timing_cache is not None else None
         cached = cache is not None and tensorrt.set_timing_cache(config, cache.read_bytes() if cache.exists() else b"")
         try:

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from bundle.errors import DeviceError
-from runtime.gpu import Device, Handle, HostBuffer, cuda_error
+from runtime.cuda_errors import cuda_error
+from runtime.gpu import Device, Handle, HostBuffer
 
 # In what cuGetErrorString says of the errors after which the process cannot use the GPU (pycuda hands on the text, not the code).
 _STICKY_WORDS = (

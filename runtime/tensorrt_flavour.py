@@ -142,6 +142,7 @@ class TensorRT:
     def set_flags(self, config: Any) -> None:
         """What every engine is built with."""
         flags = self.module.BuilderFlag
+        config.profiling_verbosity = self.module.ProfilingVerbosity.DETAILED  # keeps layer names, for the inspector
         config.clear_flag(flags.TF32)  # on by default; it would round fp32 products to 10 bits
         if self.wants_scratch:
             config.set_flag(flags.REQUIRE_USER_ALLOCATION)
@@ -156,13 +157,6 @@ class TensorRT:
     def set_workspace(self, config: Any, limit: int) -> None:
         """Cap the scratch memory that kernels may ask for, in bytes."""
         config.set_memory_pool_limit(self.module.MemoryPoolType.WORKSPACE, limit)
-
-    def set_details(self, config: Any) -> None:
-        """Keep layer names in the engine, for the inspector."""
-        config.profiling_verbosity = self.module.ProfilingVerbosity.DETAILED
-
-    def set_refit(self, config: Any) -> None:
-        config.set_flag(self.module.BuilderFlag.REFIT)
 
     def set_timing_cache(self, config: Any, content: bytes) -> bool:
         """Give the builder what earlier builds measured; content of another version or GPU is forgotten.
@@ -264,9 +258,8 @@ class TensorRT:
             return engine.create_execution_context(), None
         config = engine.create_runtime_config()
         if self.wants_scratch:
-            config.set_execution_context_allocation_strategy(
-                self.module.ExecutionContextAllocationStrategy.USER_MANAGED
-            )
+            strategies = self.module.ExecutionContextAllocationStrategy
+            config.set_execution_context_allocation_strategy(strategies.USER_MANAGED)
         compiled = config.create_runtime_cache()
         if cache:
             compiled.deserialize(cache)  # refused on any mismatch, and then simply empty

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundle.errors import DeviceError
-from runtime.gpu import Device, HostBuffer, cuda_error
+from runtime.cuda_errors import cuda_error
+from runtime.gpu import Device, HostBuffer
 
 ORIN = Device(name="Orin", sm=87, multiprocessors=8, memory_bytes=16 << 30, integrated=True, driver=12060)
 DESKTOP = Device(

@@ -65,16 +65,20 @@ class ITimingCache:
 
 class IBuilderConfig:
     _world: World
+    builder_optimization_level = 3
+    progress_monitor: Any = None
+    profiling_verbosity: Any = None
+    num_compute_capabilities = 0
 
     def __init__(self) -> None:
         self._flags = {int(self._world.module.BuilderFlag.TF32)}
-        self.builder_optimization_level = 3
-        self.progress_monitor: Any = None
-        self.profiling_verbosity: Any = None
         self._workspace = 0
         self._cache: ITimingCache | None = None
 
-    num_compute_capabilities = 0
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name.startswith("_") or hasattr(type(self), name)):
+            raise AttributeError(f"this version's IBuilderConfig has no {name}")  # as pybind11's classes do
+        super().__setattr__(name, value)
 
     def set_flag(self, flag: int) -> None:
         self._flags.add(int(flag))

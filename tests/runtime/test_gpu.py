@@ -20,7 +20,8 @@ import pytest
 
 from bundle.errors import DeviceError
 from runtime import gpu
-from runtime.gpu import CudaBindings, Device, cuda_error, open_cuda
+from runtime.cuda_errors import cuda_error
+from runtime.gpu import CudaBindings, Device, open_cuda
 from runtime.gpu_pycuda import PyCuda
 
 ARGUMENTS = {
