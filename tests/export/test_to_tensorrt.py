@@ -89,6 +89,16 @@ def test_an_engine_for_a_gpu_that_is_not_here(rtx: TensorRT, graph: Path, tmp_pa
     assert not cache.exists()
 
 
+def test_the_real_builder_keeps_the_flags(rtx: TensorRT) -> None:
+    config, flags = rtx.builder().create_builder_config(), rtx.module.BuilderFlag
+    assert config.get_flag(flags.TF32)
+    rtx.set_flags(config)
+    assert not config.get_flag(flags.TF32)
+    assert config.get_flag(
+        flags.REQUIRE_USER_ALLOCATION
+    )  # an engine that may allocate while it runs cannot be captured
+
+
 @pytest.mark.parametrize("op", ["NoSuchOperator", "Unique"])
 def test_a_node_that_is_not_taken_is_named(rtx: TensorRT, tmp_path: Path, op: str) -> None:
     """One operator that does not exist, and one of ONNX that TensorRT lacks."""
