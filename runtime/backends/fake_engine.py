@@ -211,10 +211,10 @@ class ICudaEngine:
 
     def create_execution_context(self, runtime_config: Any = None) -> IExecutionContext | None:
         own_memory = runtime_config is None or runtime_config._own_memory
-        if own_memory and self._plan["user_allocation"]:  # in the words of the library
+        if own_memory and self._plan["user_allocation"]:
             self._world.logger.log(
                 Severity.ERROR,
-                "Engine was built with BuilderFlag::kREQUIRE_USER_ALLOCATION. ... requires kUSER_MANAGED",
+                "this engine wants the allocation strategy USER_MANAGED",
             )
             return None
         return self._world.module.IExecutionContext(self, own_memory=own_memory)  # type: ignore[no-any-return]
