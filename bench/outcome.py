@@ -114,13 +114,13 @@ def result_of(
 
 
 def fallbacks(asked: str, policy: Policy) -> tuple[str, ...]:
-    """Why the backend, or its form of INT8, is not the one that should have run."""
+    """Why the backend is not the one that should have run."""
     found = [f"{policy.backend} runs because another backend failed: {why}" for why in policy.failed_backends]
     if asked in ("auto", "ort") and policy.backend in ("ort:cpu", "ort:openvino") and not found:
         with open_nvml() as gpu:
             if gpu.name:
                 found.append(f"{policy.backend} runs although there is a GPU ({gpu.name})")
-    return (*found, policy.remark) if policy.remark else tuple(found)
+    return tuple(found)
 
 
 def _bundle(folder: Path, manifest: Manifest, backend: str) -> Bundle:

@@ -40,6 +40,9 @@ _RECORD_SCHEMA = 1
 _KEY_LETTERS = 16
 _FINGERPRINT = re.compile(r"[a-z0-9][a-z0-9.+-]{0,119}")
 
+# As fingerprints were before the number of multiprocessors told Orins apart.
+_OUTDATED = re.compile(r".+-sm\d+-trt.+")
+
 Origin = Literal["built", "refitted"]
 
 
@@ -57,8 +60,8 @@ class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 class EngineRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One engine: what it is, what it was made of, for which machine, and how it can be recognised.
 
-    `layers` counts the parsed network's, before TensorRT fuses them. `inputs` and `outputs` are as in the engine, whose integer width
-    may differ from the graph's. `built_at` is ISO 8601 in UTC.
+    `layers` counts the parsed network's, before TensorRT fuses them. `inputs` and `outputs` are as in the parsed network. `built_at` is
+    ISO 8601 in UTC.
     """
 
     schema: int
@@ -147,7 +150,7 @@ def fingerprint_folder(bundle: Path, fingerprint: str) -> Path:
         raise EngineError(
             "an engine fingerprint is not one",
             got=repr(fingerprint),
-            expected="small letters, digits, dot, plus and hyphen, e.g. orin-sm87-trt10.3.0-cuda12",
+            expected="small letters, digits, dot, plus and hyphen, e.g. orin-sm87x8-trt10.3.0-cuda12",
             hint="list the engines with export/engines.py list BUNDLE.",
         )
     return bundle / ENGINES / fingerprint
@@ -259,6 +262,8 @@ def carry_over(old: Path, new: Path, manifest: Manifest) -> int:
     for path in sorted((old / ENGINES).glob("*/*")):
         record = _read(path.with_suffix(".json")) if path.suffix == ".engine" else None
         wanted = record is not None and (record.content in live or record.settings.refit)
+        if record is not None and _OUTDATED.fullmatch(record.fingerprint):
+            continue
         if not wanted and path.name != TIMING_CACHE:
             continue
         for source in (path, *(path.with_suffix(suffix) for suffix in _COMPANIONS)) if wanted else (path,):
@@ -290,6 +295,10 @@ def _judge(bundle: Path, path: Path, live: set[str]) -> Found:
         return Found(path, size, record, "broken", f"truncated: {size} of {record.bytes} bytes")
     if record.content not in live:
         return Found(path, size, record, "stale", "made of other graphs or weights than the bundle's")
+    if _OUTDATED.fullmatch(record.fingerprint):
+        return Found(
+            path, size, record, "stale", "of a machine without its number of multiprocessors; nothing loads it any more"
+        )
     return Found(path, size, record, "current")
 
 

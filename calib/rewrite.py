@@ -3,7 +3,7 @@
 Three forms of the same integers:
 
 * `portable`: QuantizeLinear and DequantizeLinear stand before the product, symmetric int8, the weight's DequantizeLinear per channel: what
-  TensorRT 8.6 to 11 and OpenVINO fuse into an INT8 product. Opset 17; the islands around it stay fp32.
+  TensorRT 10 and 11 and OpenVINO fuse into an INT8 product. Opset 17; the islands around it stay fp32.
 * `ort-cpu`: ONNX Runtime's own QGemm on unsigned activations. Its CPU kernels are 30 times slower on signed ones, and it does not fuse the
   portable form (docs/lab-notes.md). uint8 with zero point 128 is the same grid, so the sums are the same.
 * `openvino`: the portable form with two things added that change no number. A Max behind every LayerNorm, which takes nothing away that

@@ -45,7 +45,7 @@ Builder = Callable[[EngineRequest, Progress], EngineBuilt]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What happened: labels by fingerprint, e.g. `orin-sm87-trt10.3.0-cuda12/vision`."""
+    """What happened: labels by fingerprint, e.g. `orin-sm87x8-trt10.3.0-cuda12/vision`."""
 
     built: tuple[str, ...] = ()
     refitted: tuple[str, ...] = ()
@@ -199,8 +199,7 @@ def _build_one(
         how += " (refit was refused)"
     reporter.result(
         f"{task.label}: {how} in {built.seconds:.1f} s, {human_bytes(record.bytes)}, {built.layers} layers"
-        + (f", {built.typed_layers} typed one by one" if built.typed_layers else "")
-        + f", peak {built.peak_rss_mb / 1000:.1f} GB"
+        f", peak {built.peak_rss_mb / 1000:.1f} GB"
     )
     return record
 
@@ -227,13 +226,13 @@ def _refit_source(bundle: Path, manifest: Manifest, task: EngineTask) -> EngineR
 
 
 def _check_tensors(task: EngineTask, record: EngineRecord) -> None:
-    """The parsed network must have the manifest's inputs and outputs; only the width of integers may differ (8.6 has no int64)."""
+    """The parsed network must have the manifest's inputs and outputs; nothing else would fit the chain's buffers."""
     for kind, expected, got in (
         ("inputs", task.graph.inputs, record.inputs),
         ("outputs", task.graph.outputs, record.outputs),
     ):
-        wanted = {tensor.name: (tensor.shape, tensor.dtype.replace("int64", "int32")) for tensor in expected}
-        found = {tensor.name: (tensor.shape, tensor.dtype.replace("int64", "int32")) for tensor in got}
+        wanted = {tensor.name: (tensor.shape, tensor.dtype) for tensor in expected}
+        found = {tensor.name: (tensor.shape, tensor.dtype) for tensor in got}
         if wanted != found:
             raise EngineBuildError(
                 f"TensorRT read other {kind} from the graph of {task.label}",

@@ -94,7 +94,7 @@ def choose_machines(options: EngineOptions) -> Machines:
             except EngineError as error:
                 if options.tensorrt == "trt":
                     raise
-                reasons.append(f"TensorRT: {error.what} ({error.got})")
+                reasons.append(f"TensorRT: {error.what} ({error.got}); {error.hint}")
         elif "trt" in installed():
             reasons.append(f"TensorRT needs a GPU ({why_no_gpu})")
         else:

@@ -1,6 +1,6 @@
 """Writes a stage down as an ONNX graph whose weights stream straight into one external file.
 
-Opset 17, static shapes, deterministic names, types in the graph (strong typing): what TensorRT 8.6 to 11 and ONNX Runtime all
+Opset 17, static shapes, deterministic names, types in the graph (strong typing): what TensorRT 10 and 11 and ONNX Runtime all
 read. Emitting nodes ourselves instead of tracing torch gives exactly these nodes on every torch version, in seconds, and never
 holds a second copy of the weights (docs/decisions/0002-own-graph-emitter.md). Knows nothing about what a stage computes.
 """
@@ -27,7 +27,7 @@ from bundle.manifest import Tensor as TensorSpec
 from export.ops import Make
 
 OPSET = 17
-# IR version 8 is the newest that ONNX Runtime 1.14 and TensorRT 8.6's parser read.
+# IR version 8 is the newest that ONNX Runtime 1.14 reads.
 IR_VERSION = 8
 # Weight offsets are page-aligned so that runtimes can map them without copying.
 _PAGE = 4096

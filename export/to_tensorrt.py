@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import msgspec
 from bundle.errors import DeviceError, EngineBuildError, EngineError
 from bundle.manifest import Tensor
 from runtime.gpu import open_cuda
-from runtime.tensorrt_flavour import FlavourName, TensorRT, parser_errors
+from runtime.tensorrt_flavour import FlavourName, TensorRT
 
 Report = Callable[[str, str | None, int, int], bool]
 """(phase, parent phase, steps done, steps) -> go on?"""
@@ -49,10 +49,9 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineBuilt(msgspec.Struct, frozen=True, kw_only=True):
-    """What came out. `typed_layers` is 0 where the network is strongly typed as a whole."""
+    """What came out; `layers` counts the parsed network's."""
 
     layers: int
-    typed_layers: int
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     seconds: float
@@ -66,6 +65,7 @@ def build_engine(tensorrt: TensorRT, request: EngineRequest, report: Report) -> 
 
     Raises:
         EngineBuildError: the parser or the builder refuses, memory runs out, or `report` said stop.
+        EngineError: TensorRT does not start.
     """
     start = time.monotonic()
     stopped = False
@@ -75,20 +75,16 @@ def build_engine(tensorrt: TensorRT, request: EngineRequest, report: Report) -> 
         stopped = stopped or not report(phase, parent, done, steps)
         return not stopped
 
-    trt = tensorrt.module
-    try:
-        builder = trt.Builder(tensorrt.logger)
-    except TypeError:  # pybind11's word for a constructor that gives nothing
-        raise _failure(tensorrt, request, "cannot start its builder") from None
+    builder = tensorrt.builder()
     network = tensorrt.network(builder)
-    parser = trt.OnnxParser(network, tensorrt.logger)
+    parser = tensorrt.module.OnnxParser(network, tensorrt.logger)
     if not parser.parse_from_file(request.graph):
         complaints = list(parser_errors(parser))
         raise EngineBuildError(
             f"TensorRT {tensorrt.version} does not take the graph of {request.label}",
             got="; ".join(complaints) or tensorrt.log.errors(),
             expected="operators of ONNX opset 17 that TensorRT knows",
-            hint="JetPack 6 (TensorRT 8.6) or newer is needed; with one, this is a bug in jetvla: please report the node.",
+            hint="this is a bug in jetvla: please report the node, with TensorRT's version.",
         )
     tensors = [
         tuple(
@@ -99,33 +95,32 @@ def build_engine(tensorrt: TensorRT, request: EngineRequest, report: Report) -> 
         )
         for get, count in ((network.get_input, network.num_inputs), (network.get_output, network.num_outputs))
     ]
-    layers, typed, cached, refitted = int(network.num_layers), 0, False, False
+    layers, cached, refitted = int(network.num_layers), False, False
     if request.refit_from is not None:
         refitted = _refit(tensorrt, request)
     if not refitted:
         config = builder.create_builder_config()
-        typed = tensorrt.set_types(config, network)
+        tensorrt.set_flags(config)
         if request.target is not None:
             tensorrt.set_target(config, request.target)
         tensorrt.set_workspace(config, request.workspace_bytes)
-        tensorrt.set_optimization_level(config, request.optimization_level)
-        tensorrt.set_details(config)
+        config.builder_optimization_level = request.optimization_level
         tensorrt.set_progress(config, watch)
         if request.refit:
-            tensorrt.set_refit(config)
+            config.set_flag(tensorrt.module.BuilderFlag.REFIT)
         cache = Path(request.timing_cache) if request.timing_cache is not None else None
         cached = cache is not None and tensorrt.set_timing_cache(config, cache.read_bytes() if cache.exists() else b"")
         try:
             done = tensorrt.build(builder, network, config, Path(request.output))
         except MemoryError:
-            raise _failure(tensorrt, request, "ran out of memory") from None
+            raise _failure(tensorrt, request, no_memory=True) from None
         if stopped:
             raise EngineBuildError(
                 f"the build of {request.label} was stopped",
                 hint="run the same command again; finished engines are kept.",
             )
         if not done:
-            raise _failure(tensorrt, request, "could not build an engine")
+            raise _failure(tensorrt, request)
         if cached:
             assert cache is not None
             cache.write_bytes(tensorrt.timing_cache(config))
@@ -135,7 +130,6 @@ def build_engine(tensorrt: TensorRT, request: EngineRequest, report: Report) -> 
     _inspect(tensorrt, request)
     return EngineBuilt(
         layers=layers,
-        typed_layers=typed,
         inputs=tensors[0],
         outputs=tensors[1],
         seconds=round(time.monotonic() - start, 2),
@@ -145,11 +139,18 @@ def build_engine(tensorrt: TensorRT, request: EngineRequest, report: Report) -> 
     )
 
 
+def parser_errors(parser: Any) -> Iterator[str]:
+    """The ONNX parser's complaints: node, operator, reason."""
+    for index in range(parser.num_errors):
+        error = parser.get_error(index)
+        # Of some operators the description is no more than "false". The code's `name` is a method in some versions; its text is one in all.
+        kind = str(error.code()).rpartition(".")[2]
+        yield f"node {error.node()} {error.node_name()!r} ({error.node_operator()}): {kind}: {error.desc()}"
+
+
 def _refit(tensorrt: TensorRT, request: EngineRequest) -> bool:
     """Replace the weights of an engine; False if that cannot be done here, and a build is needed."""
     assert request.refit_from is not None
-    if not tensorrt.refits_from_onnx:
-        return False
     try:
         _runtime, engine = _load(tensorrt, Path(request.refit_from))
     except (DeviceError, EngineError):
@@ -187,9 +188,9 @@ def _peak_rss_mb() -> int:
     return 0
 
 
-def _failure(tensorrt: TensorRT, request: EngineRequest, what: str) -> EngineBuildError:
+def _failure(tensorrt: TensorRT, request: EngineRequest, *, no_memory: bool = False) -> EngineBuildError:
     reason = tensorrt.log.errors()
-    if what == "ran out of memory" or _MEMORY.search(reason):
+    if no_memory or _MEMORY.search(reason):
         return EngineBuildError(
             f"TensorRT {tensorrt.version} ran out of memory while it built {request.label}",
             got=reason,
@@ -198,7 +199,7 @@ def _failure(tensorrt: TensorRT, request: EngineRequest, what: str) -> EngineBui
         )
     turing = "FP32 GEMM is not supported" in reason
     return EngineBuildError(
-        f"TensorRT {tensorrt.version} {what} for {request.label}",
+        f"TensorRT {tensorrt.version} could not build an engine for {request.label}",
         got=reason,
         hint="TensorRT-RTX multiplies in fp16 only on Turing (sm75), and the action head is fp32; use --backend ort:cuda there."
         if turing

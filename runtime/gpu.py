@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import re
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,15 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundle.errors import DeviceError
+from runtime.cuda_errors import cuda_error
 
 Handle = Any
 """A stream, event or graph of one implementation; opaque to the caller."""
 
-# CUresult values (CUDA driver API, error codes). After a sticky one every later call of the process fails.
-_STICKY = {214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721, 810, 911, 999}
-_NO_MEMORY = {2}
-_DRIVER_TOO_OLD = {34, 35, 36, 222, 803, 804}
-_NO_DEVICE = {100, 101}
+_UNKNOWN_CODE = re.compile(r"(\d+) is not a valid CUresult")
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,7 @@ class Device:
     Attributes:
         name: as the driver gives it.
         sm: compute capability, 87 for Orin.
+        multiprocessors: how many; what tells Orins apart, which share a name: 16 in the largest, 8 or 4 in the small.
         memory_bytes: all of it.
         integrated: it shares the host's memory, as on a Jetson.
         driver: version of CUDA that the driver speaks, 12060 for 12.6.
@@ -41,6 +41,7 @@ class Device:
 
     name: str
     sm: int
+    multiprocessors: int
     memory_bytes: int
     integrated: bool
     driver: int
@@ -175,40 +176,6 @@ def _import_driver() -> Any:
     return driver
 
 
-def cuda_error(action: str, code: int, name: str, text: str) -> DeviceError:
-    """The typed error of a CUDA error code."""
-    got = f"{name} ({code}): {text}"
-    if code in _DRIVER_TOO_OLD:
-        return DeviceError(
-            "there is no NVIDIA driver, or it is too old for this CUDA",
-            got=got,
-            hint="update the driver, or install an older cuda-bindings (12 for JetPack 6); --backend ort:cpu needs no GPU.",
-        )
-    if code in _NO_DEVICE:
-        return DeviceError(
-            "there is no NVIDIA GPU",
-            got=got,
-            hint="check nvidia-smi and CUDA_VISIBLE_DEVICES, in a container --gpus all or --runtime nvidia; "
-            "--backend ort:cpu needs no GPU.",
-            absent=True,
-        )
-    if code in _NO_MEMORY:
-        return DeviceError(
-            f"out of GPU memory: {action}",
-            got=got,
-            hint="close other programs on the GPU (on a Jetson also those in main memory), or use an fp16 bundle.",
-        )
-    if code in _STICKY:
-        return DeviceError(
-            f"the GPU failed: {action}",
-            got=got,
-            hint="this process cannot use the GPU any more: stop the robot and start the program again; "
-            "if it happens again, run compute-sanitizer and check dmesg for Xid errors.",
-            sticky=True,
-        )
-    return DeviceError(f"CUDA failed: {action}", got=got, hint="run with --backend ort:cpu to go on without the GPU.")
-
-
 class CudaBindings:
     """CUDA through NVIDIA's `cuda-bindings` (driver API), in the device's primary context, which TensorRT uses too."""
 
@@ -218,7 +185,9 @@ class CudaBindings:
     def __init__(self, driver: Any) -> None:
         self._cuda = driver
         try:
-            answer = driver.cuInit(0)
+            self._do("starting CUDA", driver.cuInit, 0)
+        except DeviceError:
+            raise
         except Exception as error:  # the package's own loader errors: libcuda is not there
             raise DeviceError(
                 "there is no NVIDIA driver",
@@ -227,119 +196,127 @@ class CudaBindings:
                 hint="install the driver, or start the container with --gpus all or --runtime nvidia; --backend ort:cpu needs no GPU.",
                 absent=True,
             ) from None
-        self._do("starting CUDA", answer)
-        self._device = self._do("choosing the GPU", driver.cuDeviceGet(0))
-        self._context = self._do("opening the GPU", driver.cuDevicePrimaryCtxRetain(self._device))
+        self._device = self._do("choosing the GPU", driver.cuDeviceGet, 0)
+        self._context = self._do("opening the GPU", driver.cuDevicePrimaryCtxRetain, self._device)
         self.attach()
 
     def attach(self) -> None:
-        self._do("opening the GPU", self._cuda.cuCtxSetCurrent(self._context))
+        self._do("opening the GPU", self._cuda.cuCtxSetCurrent, self._context)
 
     def device(self) -> Device:
-        name = self._do("reading the GPU's name", self._cuda.cuDeviceGetName(256, self._device))
+        name = self._do("reading the GPU's name", self._cuda.cuDeviceGetName, 256, self._device)
         attribute = self._cuda.CUdevice_attribute
         return Device(
             name=name.split(b"\0")[0].decode(errors="replace"),
             sm=10 * self._attribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)
             + self._attribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
-            memory_bytes=int(self._do("reading the memory's size", self._cuda.cuDeviceTotalMem(self._device))),
+            multiprocessors=self._attribute(attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT),
+            memory_bytes=int(self._do("reading the memory's size", self._cuda.cuDeviceTotalMem, self._device)),
             integrated=bool(self._attribute(attribute.CU_DEVICE_ATTRIBUTE_INTEGRATED)),
-            driver=int(self._do("reading the driver's version", self._cuda.cuDriverGetVersion())),
+            driver=int(self._do("reading the driver's version", self._cuda.cuDriverGetVersion)),
         )
 
     def free_bytes(self) -> int:
-        free, _ = self._do("reading the free memory", self._cuda.cuMemGetInfo())
+        free, _ = self._do("reading the free memory", self._cuda.cuMemGetInfo)
         return int(free)
 
     def allocate(self, size: int) -> int:
-        return int(self._do(f"allocating {size} bytes", self._cuda.cuMemAlloc(size)))
+        return int(self._do(f"allocating {size} bytes", self._cuda.cuMemAlloc, size))
 
     def release(self, pointer: int) -> None:
-        self._do("freeing memory", self._cuda.cuMemFree(pointer))
+        self._do("freeing memory", self._cuda.cuMemFree, pointer)
 
     def allocate_host(self, size: int, *, mapped: bool) -> HostBuffer:
         flags = self._cuda.CU_MEMHOSTALLOC_DEVICEMAP if mapped else 0
         pointer = int(
-            self._do(f"allocating {size} bytes of page-locked memory", self._cuda.cuMemHostAlloc(size, flags))
+            self._do(f"allocating {size} bytes of page-locked memory", self._cuda.cuMemHostAlloc, size, flags)
         )
-        seen = int(self._do("mapping host memory", self._cuda.cuMemHostGetDevicePointer(pointer, 0))) if mapped else 0
+        seen = int(self._do("mapping host memory", self._cuda.cuMemHostGetDevicePointer, pointer, 0)) if mapped else 0
         array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pointer))
         return HostBuffer(array, seen, pointer)
 
     def release_host(self, buffer: HostBuffer) -> None:
-        self._do("freeing page-locked memory", self._cuda.cuMemFreeHost(buffer.owner))
+        self._do("freeing page-locked memory", self._cuda.cuMemFreeHost, buffer.owner)
 
     def stream(self) -> Handle:
         flags = self._cuda.CUstream_flags.CU_STREAM_NON_BLOCKING
-        return self._do("making a stream", self._cuda.cuStreamCreate(flags))
+        return self._do("making a stream", self._cuda.cuStreamCreate, flags)
 
     def stream_pointer(self, stream: Handle) -> int:
         return int(stream)
 
     def release_stream(self, stream: Handle) -> None:
-        self._do("destroying a stream", self._cuda.cuStreamDestroy(stream))
+        self._do("destroying a stream", self._cuda.cuStreamDestroy, stream)
 
     def synchronize(self, stream: Handle) -> None:
-        self._do("waiting for the GPU", self._cuda.cuStreamSynchronize(stream))
+        self._do("waiting for the GPU", self._cuda.cuStreamSynchronize, stream)
 
     def to_device(self, pointer: int, source: HostBuffer, stream: Handle) -> None:
         size = source.array.nbytes
-        self._do("copying to the GPU", self._cuda.cuMemcpyHtoDAsync(pointer, source.owner, size, stream))
+        self._do("copying to the GPU", self._cuda.cuMemcpyHtoDAsync, pointer, source.owner, size, stream)
 
     def to_host(self, target: HostBuffer, pointer: int, stream: Handle) -> None:
         size = target.array.nbytes
-        self._do("copying from the GPU", self._cuda.cuMemcpyDtoHAsync(target.owner, pointer, size, stream))
+        self._do("copying from the GPU", self._cuda.cuMemcpyDtoHAsync, target.owner, pointer, size, stream)
 
     def on_device(self, target: int, source: int, size: int, stream: Handle) -> None:
-        self._do("copying on the GPU", self._cuda.cuMemcpyDtoDAsync(target, source, size, stream))
+        self._do("copying on the GPU", self._cuda.cuMemcpyDtoDAsync, target, source, size, stream)
 
     def zero(self, pointer: int, size: int, stream: Handle) -> None:
-        self._do("clearing memory", self._cuda.cuMemsetD8Async(pointer, 0, size, stream))
+        self._do("clearing memory", self._cuda.cuMemsetD8Async, pointer, 0, size, stream)
 
     def event(self) -> Handle:
-        return self._do("making an event", self._cuda.cuEventCreate(self._cuda.CUevent_flags.CU_EVENT_DEFAULT))
+        return self._do("making an event", self._cuda.cuEventCreate, self._cuda.CUevent_flags.CU_EVENT_DEFAULT)
 
     def record(self, event: Handle, stream: Handle, *, captured: bool = False) -> None:
         # In a capture a plain record would become an edge of the graph; an external one becomes a node with a time of its own.
         kinds = self._cuda.CUevent_record_flags
         flags = kinds.CU_EVENT_RECORD_EXTERNAL if captured else kinds.CU_EVENT_RECORD_DEFAULT
-        self._do("recording an event", self._cuda.cuEventRecordWithFlags(event, stream, flags))
+        self._do("recording an event", self._cuda.cuEventRecordWithFlags, event, stream, flags)
 
     def elapsed_ms(self, start: Handle, end: Handle) -> float:
-        return float(self._do("reading events", self._cuda.cuEventElapsedTime(start, end)))
+        return float(self._do("reading events", self._cuda.cuEventElapsedTime, start, end))
 
     def release_event(self, event: Handle) -> None:
-        self._do("destroying an event", self._cuda.cuEventDestroy(event))
+        self._do("destroying an event", self._cuda.cuEventDestroy, event)
 
     def begin_capture(self, stream: Handle) -> None:
         # Thread-local: what other threads of the process do with CUDA meanwhile is none of this capture's business.
         mode = self._cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        self._do("beginning a capture", self._cuda.cuStreamBeginCapture(stream, mode))
+        self._do("beginning a capture", self._cuda.cuStreamBeginCapture, stream, mode)
 
     def end_capture(self, stream: Handle) -> Handle:
-        graph = self._do("ending a capture", self._cuda.cuStreamEndCapture(stream))
+        graph = self._do("ending a capture", self._cuda.cuStreamEndCapture, stream)
         try:
-            return self._do("instantiating a graph", self._cuda.cuGraphInstantiate(graph, 0))
+            return self._do("instantiating a graph", self._cuda.cuGraphInstantiate, graph, 0)
         finally:
-            self._do("destroying a graph", self._cuda.cuGraphDestroy(graph))
+            self._do("destroying a graph", self._cuda.cuGraphDestroy, graph)
 
     def abandon_capture(self, stream: Handle) -> None:
-        error, *rest = self._cuda.cuStreamEndCapture(stream)
-        if not int(error) and rest and int(rest[0] or 0):
-            self._cuda.cuGraphDestroy(rest[0])
+        with suppress(DeviceError):
+            graph = self._do("ending a capture", self._cuda.cuStreamEndCapture, stream)
+            if int(graph):
+                self._do("destroying a graph", self._cuda.cuGraphDestroy, graph)
 
     def launch(self, graph: Handle, stream: Handle) -> None:
-        self._do("launching a graph", self._cuda.cuGraphLaunch(graph, stream))
+        self._do("launching a graph", self._cuda.cuGraphLaunch, graph, stream)
 
     def release_graph(self, graph: Handle) -> None:
-        self._do("destroying a graph", self._cuda.cuGraphExecDestroy(graph))
+        self._do("destroying a graph", self._cuda.cuGraphExecDestroy, graph)
 
     def _attribute(self, attribute: object) -> int:
-        return int(self._do("reading the GPU's properties", self._cuda.cuDeviceGetAttribute(attribute, self._device)))
+        return int(self._do("reading the GPU's properties", self._cuda.cuDeviceGetAttribute, attribute, self._device))
 
-    def _do(self, action: str, answer: tuple[Any, ...]) -> Any:
-        """Unpack (error, value...) of a call."""
-        error, *values = answer
+    def _do(self, action: str, call: Callable[..., tuple[Any, ...]], *arguments: object) -> Any:
+        """Call and unpack (error, value...)."""
+        try:
+            error, *values = call(*arguments)
+        except ValueError as unknown:
+            # A driver that is newer than the package has codes that its enumeration lacks.
+            code = _UNKNOWN_CODE.match(str(unknown))
+            if code is None:
+                raise
+            raise cuda_error(action, int(code[1]), "unknown error", str(unknown)) from None
         if int(error):
             _, name = self._cuda.cuGetErrorName(error)
             _, text = self._cuda.cuGetErrorString(error)

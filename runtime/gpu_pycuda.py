@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from bundle.errors import DeviceError
-from runtime.gpu import Device, Handle, HostBuffer, cuda_error
+from runtime.cuda_errors import cuda_error
+from runtime.gpu import Device, Handle, HostBuffer
 
 # In what cuGetErrorString says of the errors after which the process cannot use the GPU (pycuda hands on the text, not the code).
 _STICKY_WORDS = (
@@ -69,6 +70,7 @@ class PyCuda:
             return Device(
                 name=str(self._device.name()),
                 sm=10 * int(major) + int(minor),
+                multiprocessors=int(attributes[self._cuda.device_attribute.MULTIPROCESSOR_COUNT]),
                 memory_bytes=int(self._device.total_memory()),
                 integrated=bool(attributes[self._cuda.device_attribute.INTEGRATED]),
                 driver=int(self._cuda.get_driver_version()),

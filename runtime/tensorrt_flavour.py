@@ -1,12 +1,13 @@
-"""The one module that knows how TensorRT's versions differ: 8.6, 10.3, 10.16, 11 and TensorRT-RTX.
+"""The one module that knows how TensorRT's versions differ: 10.0 and newer, 11, and TensorRT-RTX.
 
-What can be asked of the module at hand is asked (`hasattr`), because version tables rot. The differences that matter here:
+What can be asked of the module at hand is asked (`hasattr`), because version tables rot; tests/runtime/tensorrt_api holds what each version
+answers. TensorRT 8.6 is refused: it calls every tensor FLOAT until an engine is built, so it cannot be told the types of the ONNX file.
+The differences that matter:
 
-* Strong typing. A flag from 10 on; the only way in 11; unknown to 8.6, where each layer gets the precision that the ONNX types say.
-* TensorRT-RTX builds for GPUs that are not there (compute capabilities), compiles the rest when an engine is loaded (runtime cache) and
-  has no timing cache.
-* 8.6 has no 64-bit integers: its engines take int32 where the graph says int64, so types are read from the engine.
-* Executing by tensor name (`execute_async_v3`) came with 8.5; before, by position.
+* Strong typing is a flag, always on in 11 and deprecated there.
+* Engines are written to a stream, which spares a copy of the weights, where it can be (10.13 can, 10.7 cannot).
+* TensorRT-RTX builds for GPUs that are not there (compute capabilities), compiles the rest when an engine is loaded (runtime cache), has
+  no timing cache, and lets an engine be captured in a CUDA graph if its scratch memory is ours.
 
 Used by export/ to build and by runtime/ to run. Knows nothing about policies or bundles.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from typing import Any, Literal, get_args
 from bundle.errors import EngineError
 from bundle.manifest import Tensor
 from runtime.gpu import Device
+from runtime.tensorrt_callbacks import MessageLog, make_logger, make_monitor, make_writer
 
 FlavourName = Literal["trt", "rtx"]
 MODULES: dict[FlavourName, str] = {"trt": "tensorrt", "rtx": "tensorrt_rtx"}
@@ -40,8 +43,7 @@ _DTYPES = {
     "UINT8": "uint8",
     "BOOL": "bool",
 }
-_ERROR, _WARNING, _INFO = 1, 2, 3
-_KEPT_MESSAGES = 200
+_OLDEST_MAJOR = 10
 
 
 @dataclass(frozen=True)
@@ -52,46 +54,32 @@ class EngineTensor:
     is_input: bool
 
 
-class MessageLog:
-    """What TensorRT said; `errors` also tells why a call returned nothing."""
-
-    def __init__(self) -> None:
-        self.messages: list[tuple[int, str]] = []
-
-    def add(self, severity: int, text: str) -> None:
-        if severity <= _INFO:
-            self.messages.append((severity, text))
-            del self.messages[:-_KEPT_MESSAGES]
-
-    def errors(self) -> str:
-        """The errors since the log was made, on one line; the cause comes first."""
-        found = [text.strip() for severity, text in self.messages if severity <= _ERROR]
-        return "; ".join(dict.fromkeys(found)) or "TensorRT gave no reason"
-
-
 class TensorRT:
     """One installed TensorRT.
 
     Args:
         module: `tensorrt` or `tensorrt_rtx`.
         name: which of them.
+
+    Raises:
+        EngineError: it is older than 10.0.
     """
 
     def __init__(self, module: Any, name: FlavourName) -> None:
         self.module = module
         self.name = name
         self.version: str = module.__version__
+        if name == "trt" and int(self.version.split(".")[0]) < _OLDEST_MAJOR:
+            raise EngineError(
+                "this TensorRT is too old for exact engines",
+                got=f"TensorRT {self.version}",
+                expected=f"{_OLDEST_MAJOR}.0 or newer",
+                hint="on a Jetson JetPack 6.1 or newer brings it (by apt, without flashing: docs/jetson.md); until then --backend ort.",
+            )
         self.log = MessageLog()
-        self.logger = _make_logger(module, self.log)
+        self.logger = make_logger(module, self.log)
 
     # --- what it can do -------------------------------------------------------------------------------------------------------
-
-    @property
-    def typing(self) -> Literal["flag", "always", "per layer"]:
-        """How a network becomes strongly typed."""
-        if hasattr(self.module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):
-            return "flag"
-        return "per layer" if hasattr(self.module.BuilderFlag, "FP16") else "always"
 
     @property
     def builds_for_others(self) -> bool:
@@ -99,9 +87,9 @@ class TensorRT:
         return hasattr(self.module.IBuilderConfig, "set_compute_capability")
 
     @property
-    def refits_from_onnx(self) -> bool:
-        """It can put the weights of an ONNX file into an existing engine."""
-        return hasattr(self.module, "OnnxParserRefitter") and hasattr(self.module.BuilderFlag, "REFIT")
+    def wants_scratch(self) -> bool:
+        """Scratch memory of its engines is allocated by us: else it may allocate while it runs, which cannot be captured."""
+        return hasattr(self.module.BuilderFlag, "REQUIRE_USER_ALLOCATION")
 
     def targets(self) -> tuple[str, ...]:
         """Names of the GPUs it can build for without having them, `sm86`."""
@@ -113,8 +101,8 @@ class TensorRT:
     def fingerprint(self, device: Device | None, target: str | None = None) -> str:
         """The folder name of engines for a machine.
 
-        TensorRT's engines belong to one GPU model, version and driver; TensorRT-RTX's to a compute capability and version, as the
-        rest is compiled when they are loaded.
+        TensorRT's engines belong to one GPU model, its number of multiprocessors (Orins of every size call themselves "Orin"),
+        version and driver; TensorRT-RTX's to a compute capability and version, as the rest is compiled when they are loaded.
 
         Args:
             target: `sm86` or `portable` (TensorRT-RTX); by default the device's.
@@ -127,7 +115,7 @@ class TensorRT:
                 got="no GPU",
                 hint="run this on the robot, or use --tensorrt rtx --target sm86 for a desktop GPU.",
             )
-        return f"{device.slug}-sm{device.sm}-trt{self.version}-cuda{device.driver // 1000}"
+        return f"{device.slug}-sm{device.sm}x{device.multiprocessors}-trt{self.version}-cuda{device.driver // 1000}"
 
     def usable_fingerprints(self, device: Device) -> tuple[str, ...]:
         """Fingerprints whose engines this machine may load, the most specific first."""
@@ -137,43 +125,27 @@ class TensorRT:
 
     # --- building -------------------------------------------------------------------------------------------------------------
 
+    def builder(self) -> Any:
+        """What engines are built with.
+
+        Raises:
+            EngineError: it does not start, as with a driver that is too old.
+        """
+        return self._start(self.module.Builder)
+
     def network(self, builder: Any) -> Any:
         """An empty network whose types are those of the ONNX."""
         flags = self.module.NetworkDefinitionCreationFlag
-        value = 0
-        if self.typing == "flag":
-            value |= 1 << int(flags.STRONGLY_TYPED)
-        elif self.typing == "per layer":
-            value |= 1 << int(flags.EXPLICIT_BATCH)
-        return builder.create_network(value)
+        typed = hasattr(flags, "STRONGLY_TYPED")  # without it, every network is
+        return builder.create_network(1 << int(flags.STRONGLY_TYPED) if typed else 0)
 
-    def set_types(self, config: Any, network: Any) -> int:
-        """Make the builder keep the ONNX types; returns how many layers had to be told (8.6 only)."""
+    def set_flags(self, config: Any) -> None:
+        """What every engine is built with."""
         flags = self.module.BuilderFlag
-        if hasattr(flags, "TF32"):
-            config.clear_flag(flags.TF32)  # on by default; it would round fp32 products to 10 bits
-        if self.typing != "per layer":
-            return 0
-        config.set_flag(flags.FP16)
-        config.set_flag(flags.OBEY_PRECISION_CONSTRAINTS)
-        floats = (self.module.DataType.FLOAT, self.module.DataType.HALF)
-        untyped = {
-            getattr(self.module.LayerType, name)
-            for name in ("CONSTANT", "SHAPE", "CAST", "IDENTITY")
-            if hasattr(self.module.LayerType, name)
-        }
-        told = 0
-        for index in range(network.num_layers):
-            layer = network.get_layer(index)
-            dtypes = [layer.get_output(number).dtype for number in range(layer.num_outputs)]
-            if not dtypes or any(dtype not in floats for dtype in dtypes):
-                continue  # integers and booleans have one precision
-            if layer.type not in untyped:
-                layer.precision = dtypes[0]
-            for number, dtype in enumerate(dtypes):
-                layer.set_output_type(number, dtype)
-            told += 1
-        return told
+        config.profiling_verbosity = self.module.ProfilingVerbosity.DETAILED  # keeps layer names, for the inspector
+        config.clear_flag(flags.TF32)  # on by default; it would round fp32 products to 10 bits
+        if self.wants_scratch:
+            config.set_flag(flags.REQUIRE_USER_ALLOCATION)
 
     def set_target(self, config: Any, target: str) -> None:
         """Build for `sm86`, or for every GPU that a portable engine covers."""
@@ -184,34 +156,21 @@ class TensorRT:
 
     def set_workspace(self, config: Any, limit: int) -> None:
         """Cap the scratch memory that kernels may ask for, in bytes."""
-        if hasattr(config, "set_memory_pool_limit"):
-            config.set_memory_pool_limit(self.module.MemoryPoolType.WORKSPACE, limit)
-        else:
-            config.max_workspace_size = limit
-
-    def set_optimization_level(self, config: Any, level: int) -> None:
-        if hasattr(config, "builder_optimization_level"):
-            config.builder_optimization_level = level
-
-    def set_details(self, config: Any) -> None:
-        """Keep layer names in the engine, for the inspector."""
-        if hasattr(self.module, "ProfilingVerbosity"):
-            config.profiling_verbosity = self.module.ProfilingVerbosity.DETAILED
-
-    def set_refit(self, config: Any) -> None:
-        config.set_flag(self.module.BuilderFlag.REFIT)
+        config.set_memory_pool_limit(self.module.MemoryPoolType.WORKSPACE, limit)
 
     def set_timing_cache(self, config: Any, content: bytes) -> bool:
-        """Give the builder what earlier builds measured; False where there is no such thing (TensorRT-RTX measures nothing)."""
-        if not hasattr(config, "create_timing_cache"):
-            return False
+        """Give the builder what earlier builds measured; content of another version or GPU is forgotten.
+
+        Returns:
+            False where there is no such thing (TensorRT-RTX measures nothing, and warns that the call is deprecated).
+        """
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            cache = config.create_timing_cache(content)
-            if cache is None:  # of another version or GPU: start anew
-                cache = config.create_timing_cache(b"")
-            taken = bool(config.set_timing_cache(cache, False))
-        return taken and not any(issubclass(item.category, DeprecationWarning) for item in caught)
+            for known in dict.fromkeys((content, b"")):
+                cache = config.create_timing_cache(known)
+                if cache is not None and config.set_timing_cache(cache, False):
+                    return not any(issubclass(item.category, DeprecationWarning) for item in caught)
+        return False
 
     def timing_cache(self, config: Any) -> bytes:
         """What is now known, to be kept."""
@@ -219,8 +178,7 @@ class TensorRT:
 
     def set_progress(self, config: Any, report: Callable[[str, str | None, int, int], bool]) -> None:
         """Have `report(phase, parent, done, steps)` called as the build goes on; it returns False to stop the build."""
-        if hasattr(self.module, "IProgressMonitor"):
-            config.progress_monitor = _make_monitor(self.module, report)
+        config.progress_monitor = make_monitor(self.module, report)
 
     def build(self, builder: Any, network: Any, config: Any, path: Path) -> bool:
         """Build and write the engine; False if TensorRT gave none (see `log`).
@@ -228,10 +186,10 @@ class TensorRT:
         Raises:
             OSError: the disk is full.
         """
-        if hasattr(builder, "build_serialized_network_to_stream") and hasattr(self.module, "IStreamWriter"):
+        if hasattr(builder, "build_serialized_network_to_stream"):
             # Spares a copy of all weights in memory.
             with path.open("wb") as file:
-                writer = _make_writer(self.module, file.write)
+                writer = make_writer(self.module, file.write)
                 done = bool(builder.build_serialized_network_to_stream(network, config, writer))
                 if writer.error is not None:
                     raise writer.error
@@ -250,13 +208,17 @@ class TensorRT:
         Raises:
             EngineError: it does not start, as with a driver that is too old.
         """
+        return self._start(self.module.Runtime)
+
+    def _start(self, kind: Any) -> Any:
         try:
-            return self.module.Runtime(self.logger)
+            return kind(self.logger)
         except TypeError:  # pybind11's word for a constructor that gives nothing
             raise EngineError(
                 f"TensorRT {self.version} does not start",
                 got=self.log.errors(),
-                hint="the NVIDIA driver is too old for it most likely: update the driver, or install an older TensorRT.",
+                hint="the NVIDIA driver is too old for it most likely: update the driver, or install an older TensorRT (on a Jetson: "
+                "the one of its JetPack); --backend ort does without.",
             ) from None
 
     def deserialize(self, runtime: Any, content: Any, origin: str) -> Any:
@@ -292,39 +254,31 @@ class TensorRT:
         Args:
             cache: what an earlier run's runtime cache held; compiled kernels, so that loading takes seconds less.
         """
-        if not hasattr(engine, "create_runtime_config"):
+        if not hasattr(self.module, "IRuntimeCache"):
             return engine.create_execution_context(), None
         config = engine.create_runtime_config()
-        if not hasattr(config, "create_runtime_cache"):
-            return engine.create_execution_context(), None
+        if self.wants_scratch:
+            strategies = self.module.ExecutionContextAllocationStrategy
+            config.set_execution_context_allocation_strategy(strategies.USER_MANAGED)
         compiled = config.create_runtime_cache()
         if cache:
             compiled.deserialize(cache)  # refused on any mismatch, and then simply empty
         config.set_runtime_cache(compiled)
         return engine.create_execution_context(config), compiled
 
+    def scratch_bytes(self, engine: Any) -> int:
+        """How much device memory a context of this engine has to be given; 0 where TensorRT allocates it."""
+        return int(engine.device_memory_size_v2) if self.wants_scratch else 0
+
     def tensors(self, engine: Any) -> tuple[EngineTensor, ...]:
         """Inputs and outputs, in the engine's order."""
-        if hasattr(engine, "num_io_tensors"):
-            found = []
-            for index in range(engine.num_io_tensors):
-                name = engine.get_tensor_name(index)
-                is_input = engine.get_tensor_mode(name) == self.module.TensorIOMode.INPUT
-                found.append((name, engine.get_tensor_dtype(name), engine.get_tensor_shape(name), is_input))
-        else:
-            found = [
-                (
-                    engine.get_binding_name(index),
-                    engine.get_binding_dtype(index),
-                    engine.get_binding_shape(index),
-                    engine.binding_is_input(index),
-                )
-                for index in range(engine.num_bindings)
-            ]
-        return tuple(
-            EngineTensor(Tensor(name=name, dtype=self.dtype(dtype), shape=tuple(int(size) for size in shape)), is_input)
-            for name, dtype, shape, is_input in found
-        )
+        found = []
+        for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
+            dtype = self.dtype(engine.get_tensor_dtype(name))
+            shape = tuple(int(size) for size in engine.get_tensor_shape(name))
+            is_input = engine.get_tensor_mode(name) == self.module.TensorIOMode.INPUT
+            found.append(EngineTensor(Tensor(name=name, dtype=dtype, shape=shape), is_input))
+        return tuple(found)
 
     def dtype(self, value: Any) -> str:
         """numpy's name of a TensorRT data type."""
@@ -339,27 +293,21 @@ class TensorRT:
         Raises:
             EngineError: TensorRT does not take an address.
         """
-        if hasattr(context, "execute_async_v3"):
-            for name, pointer in pointers.items():
-                if not context.set_tensor_address(name, pointer):
-                    raise EngineError(
-                        f"TensorRT does not take the buffer of {name}",
-                        got=self.log.errors(),
-                        hint="build the engines again: export/build_engines.py --engines-only BUNDLE --force",
-                    )
-            return lambda stream: bool(context.execute_async_v3(stream))
-        engine = context.engine
-        bindings = [pointers[engine.get_binding_name(index)] for index in range(engine.num_bindings)]
-        return lambda stream: bool(context.execute_async_v2(bindings=bindings, stream_handle=stream))
+        for name, pointer in pointers.items():
+            if not context.set_tensor_address(name, pointer):
+                raise EngineError(
+                    f"TensorRT does not take the buffer of {name}",
+                    got=self.log.errors(),
+                    hint="build the engines again: export/build_engines.py --engines-only BUNDLE --force",
+                )
+        return lambda stream: bool(context.execute_async_v3(stream))
 
     def capturable(self, context: Any, stream: int) -> bool:
         """False if running this context on the stream cannot be captured (TensorRT-RTX can tell)."""
         return bool(context.is_stream_capturable(stream)) if hasattr(context, "is_stream_capturable") else True
 
     def inspect(self, engine: Any) -> str:
-        """The engine's layers after fusion, JSON; empty where there is no inspector."""
-        if not hasattr(engine, "create_engine_inspector"):
-            return ""
+        """The engine's layers after fusion, JSON."""
         inspector = engine.create_engine_inspector()
         return str(inspector.get_engine_information(self.module.LayerInformationFormat.JSON))
 
@@ -383,83 +331,19 @@ def open_flavour(name: FlavourName) -> TensorRT:
     """Import a flavour.
 
     Raises:
-        EngineError: it is not installed, or its libraries do not load.
+        EngineError: it is not installed, is too old, or its libraries do not load.
     """
     try:
         module = importlib.import_module(MODULES[name])
     except (ImportError, OSError, RuntimeError) as error:
+        library = re.search(r"lib\w+\.so[.\d]*", str(error))
         raise EngineError(
             f"{MODULES[name]} cannot be imported",
             got=f"{type(error).__name__}: {error}",
-            hint="TensorRT comes with JetPack (in a virtual environment: --system-site-packages); "
+            hint=f"Python's half of TensorRT is here, {library[0]} is not: on a Jetson apt-get install tensorrt, in a container also "
+            "docker run --runtime nvidia; on a PC install TensorRT whole; --backend ort does without."
+            if library
+            else "TensorRT comes with JetPack (in a virtual environment: --system-site-packages); "
             "TensorRT-RTX with pip install 'jetvla[trt-rtx]'.",
         ) from None
     return TensorRT(module, name)
-
-
-def parser_errors(parser: Any) -> Iterator[str]:
-    """The ONNX parser's complaints: node, operator, reason."""
-    for index in range(parser.num_errors):
-        error = parser.get_error(index)
-        name = error.node_name() if hasattr(error, "node_name") else ""
-        operator = error.node_operator() if hasattr(error, "node_operator") else ""
-        where = f"node {error.node()}"
-        if name or operator:
-            where += f" {name!r} ({operator})"
-        # Of some operators the description is no more than "false".
-        kind = f"{error.code().name}: " if hasattr(error, "code") else ""
-        yield f"{where}: {kind}{error.desc()}"
-
-
-def _make_logger(module: Any, log: MessageLog) -> Any:
-    """TensorRT wants a subclass of its own ILogger; which one is known only now."""
-
-    class Logger(module.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            module.ILogger.__init__(self)
-
-        def log(self, severity: Any, text: str) -> None:
-            log.add(int(severity), text)
-
-    return Logger()
-
-
-def _make_monitor(module: Any, report: Callable[[str, str | None, int, int], bool]) -> Any:
-    class Monitor(module.IProgressMonitor):  # type: ignore[misc]
-        def __init__(self) -> None:
-            module.IProgressMonitor.__init__(self)
-            self._phases: dict[str, tuple[str | None, int]] = {}
-            self._go_on = True
-
-        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
-            self._phases[phase] = (parent, steps)
-            self._go_on &= report(phase, parent, 0, steps)
-
-        def step_complete(self, phase: str, step: int) -> bool:
-            parent, steps = self._phases.get(phase, (None, 0))
-            self._go_on &= report(phase, parent, step + 1, steps)
-            return self._go_on
-
-        def phase_finish(self, phase: str) -> None:
-            parent, steps = self._phases.pop(phase, (None, 0))
-            self._go_on &= report(phase, parent, steps, steps)
-
-    return Monitor()
-
-
-def _make_writer(module: Any, write: Callable[[Any], int]) -> Any:
-    class Writer(module.IStreamWriter):  # type: ignore[misc]
-        def __init__(self) -> None:
-            module.IStreamWriter.__init__(self)
-
-            self.error: OSError | None = None
-
-        def write(self, data: bytes) -> int:
-            # TensorRT swallows exceptions and short writes alike, and calls the truncated engine a success.
-            try:
-                return write(data) if self.error is None else 0
-            except OSError as error:
-                self.error = error
-                return 0
-
-    return Writer()

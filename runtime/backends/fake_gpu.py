@@ -14,10 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundle.errors import DeviceError
-from runtime.gpu import Device, HostBuffer, cuda_error
+from runtime.cuda_errors import cuda_error
+from runtime.gpu import Device, HostBuffer
 
-ORIN = Device(name="Orin", sm=87, memory_bytes=16 << 30, integrated=True, driver=12060)
-DESKTOP = Device(name="NVIDIA GeForce RTX 3090", sm=86, memory_bytes=24 << 30, integrated=False, driver=13000)
+ORIN = Device(name="Orin", sm=87, multiprocessors=8, memory_bytes=16 << 30, integrated=True, driver=12060)
+DESKTOP = Device(
+    name="NVIDIA GeForce RTX 3090", sm=86, multiprocessors=82, memory_bytes=24 << 30, integrated=False, driver=13000
+)
 _FIRST_ADDRESS = 1 << 40
 _STICKY_CODE = 700
 

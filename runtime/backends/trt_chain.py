@@ -135,10 +135,8 @@ class DeviceChain:
         self._has_prompt = False
         if prompt.bucket != self._bucket:
             self._load_language(prompt.bucket)
-        language = self._own.stages["language"].tensors
         for name in _PROMPT:
-            # 8.6 has 32-bit integers only; indices are far below 2^31.
-            array: NDArray[np.generic] = getattr(prompt, name).astype(language[name].dtype, copy=False)
+            array: NDArray[np.generic] = getattr(prompt, name)
             flat = self._views[name].reshape(-1)
             flat[: array.size] = array.reshape(-1)  # the buffer is as long as the longest prompt's
             self._copy_in(name)
@@ -213,9 +211,8 @@ class DeviceChain:
 
     def _load(self, record: EngineRecord) -> LoadedEngine:
         """Load an engine; its gigabytes are hashed once."""
-        loaded = LoadedEngine(
-            self._tensorrt, self._folder, record, verify=self._verify and record.file not in self._verified
-        )
+        verify = self._verify and record.file not in self._verified
+        loaded = LoadedEngine(self._cuda, self._tensorrt, self._folder, record, verify=verify)
         self._verified.add(record.file)
         return loaded
 

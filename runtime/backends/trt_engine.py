@@ -10,15 +10,17 @@ from pathlib import Path
 from bundle import engine_cache
 from bundle.atomic import write_bytes
 from bundle.engine_cache import EngineRecord
-from bundle.errors import EngineError, StorageError
+from bundle.errors import DeviceError, EngineError, StorageError
+from runtime.gpu import Cuda
 from runtime.tensorrt_flavour import TensorRT
 
 
 class LoadedEngine:
-    """An engine with its context. The runtime must outlive the engine, the engine the context."""
+    """An engine with its context. The runtime must outlive the engine, the engine the context, and scratch memory too."""
 
-    def __init__(self, tensorrt: TensorRT, folder: Path, record: EngineRecord, *, verify: bool) -> None:
+    def __init__(self, cuda: Cuda, tensorrt: TensorRT, folder: Path, record: EngineRecord, *, verify: bool) -> None:
         self.record = record
+        self._cuda, self._scratch = cuda, 0
         path = folder / record.file
         if verify:
             engine_cache.verify(folder, record)
@@ -47,6 +49,9 @@ class LoadedEngine:
             )
         self.tensors = {item.tensor.name: item.tensor for item in tensorrt.tensors(self.engine)}
         self.enqueue: Callable[[int], bool] = lambda stream: False
+        if size := tensorrt.scratch_bytes(self.engine):
+            self._scratch = cuda.allocate(size)
+            self.context.set_device_memory(self._scratch, size)
 
     def keep_compiled(self) -> None:
         """Write down what TensorRT-RTX compiled for this GPU, so that the next start need not; a read-only bundle is no reason to fail."""
@@ -63,3 +68,7 @@ class LoadedEngine:
         self.enqueue = lambda stream: False
         self._compiled = None  # it came from the engine, and may keep it alive
         del self.context, self.engine, self.runtime  # in this order
+        if self._scratch:
+            with suppress(DeviceError):  # as after a lost GPU
+                self._cuda.release(self._scratch)
+            self._scratch = 0

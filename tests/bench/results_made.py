@@ -69,10 +69,10 @@ def made_fingerprint() -> Fingerprint:
         },
         software={
             "system": Fact(value="Ubuntu 22.04.4 LTS"),
-            "jetpack": Fact(value="R36 (release), REVISION: 3.0"),
+            "jetpack": Fact(value="R36 (release), REVISION: 4.3"),
             "gpu driver": Fact(value="540.3.0"),
             "python": Fact(value="3.10.12"),
-            "tensorrt": Fact(value="8.6.2"),
+            "tensorrt": Fact(value="10.7.0"),
         },
         before={
             "temperature": Fact(value="51.5 C", note="hottest zone: cpu-thermal"),

@@ -100,7 +100,7 @@ def with_fact(result: Result, part: str, name: str, value: str | None) -> Result
     ("other", "message"),
     [
         (with_fact(B, "machine", "power mode", "15W"), "power mode: 25W, 15W"),
-        (with_fact(B, "software", "tensorrt", "10.3.0"), "tensorrt: 8.6.2, 10.3.0"),
+        (with_fact(B, "software", "tensorrt", "10.3.0"), "tensorrt: 10.7.0, 10.3.0"),
         (with_fact(B, "machine", "gpu", "one more"), "gpu: missing, one more"),
         (changed(B, "settings", threads=1), "threads: 0, 1"),
         (changed(B, "settings", instruction="Stop"), "instruction: Navigate to the gray basket on the left, Stop"),

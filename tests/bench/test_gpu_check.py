@@ -64,7 +64,7 @@ def test_pytorch_takes_turns_and_gives_the_ratio(
 
 
 def test_a_failed_parity_is_exit_code_three(bundle: Path) -> None:
-    report = bundle / ENGINES / "orin-sm87-trt10.3.0-cuda12" / "parity.json"
+    report = bundle / ENGINES / "orin-sm87x8-trt10.3.0-cuda12" / "parity.json"
     report.parent.mkdir(parents=True)
     command = [sys.executable, str(ROOT / "bench" / "gpu_check.py"), str(bundle), "no.ckpt", "--no-compile"]
     command += ["--backends", "ort:cpu", "--rounds", "1", "--block", "2"]
@@ -73,4 +73,4 @@ def test_a_failed_parity_is_exit_code_three(bundle: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
         assert done.returncode == code, done.stderr
         last = json.loads(done.stdout.splitlines()[-1])
-        assert last["engine_parity"]["orin-sm87-trt10.3.0-cuda12"]["verdict"] == verdict
+        assert last["engine_parity"]["orin-sm87x8-trt10.3.0-cuda12"]["verdict"] == verdict

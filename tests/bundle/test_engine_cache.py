@@ -22,7 +22,7 @@ from bundle.manifest import Manifest
 from tests.bundles import Tiny, add_int8, edit_manifest, make_bundle
 
 SETTINGS = EngineSettings(optimization_level=3, refit=False, code="c")
-MACHINE = "orin-sm87-trt10.3.0-cuda12"
+MACHINE = "orin-sm87x8-trt10.3.0-cuda12"
 
 Add = Callable[..., EngineRecord]
 
@@ -125,7 +125,7 @@ def test_found_by_key_and_by_content(bundle: Path, add: Add) -> None:
     record = add()
     assert engine_cache.find(bundle, MACHINE, record.key, "vision", None) == record
     assert engine_cache.find(bundle, MACHINE, "0" * 64, "vision", None) is None
-    assert engine_cache.find(bundle, "orin-sm87-trt8.6.2-cuda12", record.key, "vision", None) is None
+    assert engine_cache.find(bundle, "orin-sm87x16-trt10.3.0-cuda12", record.key, "vision", None) is None
     assert newest(bundle, Manifest.load(bundle), MACHINE) == {("vision", None): record}
     assert states(bundle) == ["current"]
 
@@ -143,6 +143,19 @@ def test_other_content_is_stale(bundle: Path, add: Add) -> None:
     add(content="0" * 64)
     assert newest(bundle, Manifest.load(bundle), MACHINE) == {}
     assert states(bundle) == ["stale"]
+
+
+def test_engines_from_before_orins_were_told_apart_can_go(bundle: Path, add: Add, tmp_path: Path) -> None:
+    record = add(fingerprint="orin-sm87-trt10.3.0-cuda12")
+    kept = add("action_head")
+    (found,) = (found for found in survey(bundle, Manifest.load(bundle)) if found.record == record)
+    assert (found.state, "multiprocessors" in found.reason) == ("stale", True)
+    new = make_bundle(tmp_path / "new.bundle", Tiny())
+    assert engine_cache.carry_over(bundle, new, Manifest.load(new)) == 1
+    assert not (new / record.file).exists()
+    engine_cache.remove(found)
+    assert states(bundle) == ["current"]
+    assert (bundle / kept.file).exists()
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -26,6 +28,7 @@ from export.engine_plan import Machines
 from export.engine_process import build_in_process
 from export.pipeline import BuildConfig, build, build_engines
 from export.to_tensorrt import EngineBuilt, EngineRequest, build_engine
+from runtime import tensorrt_flavour
 from runtime.backends.fake_gpu import DESKTOP, ORIN, FakeCuda
 from runtime.backends.trt import TrtBackend
 from runtime.tensorrt_flavour import TensorRT
@@ -319,6 +322,22 @@ def test_engines_are_proved_where_they_run(bundle: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.fake_gpu
+def test_an_engine_of_narrower_integers_is_not_kept(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chain copies int64 indices as they are; an engine that took int32 would read every second one as zero."""
+    robot = Robot(monkeypatch)
+
+    def narrow(request: EngineRequest, progress: Any) -> EngineBuilt:
+        built = robot.build(request, progress)
+        inputs = [msgspec.structs.replace(item, dtype=item.dtype.replace("int64", "int32")) for item in built.inputs]
+        return msgspec.structs.replace(built, inputs=tuple(inputs))
+
+    with pytest.raises(EngineBuildError, match="read other inputs from the graph of language"):
+        engines(bundle, EngineOptions(), build=narrow)
+    records = engine_cache.newest(bundle, Manifest.load(bundle), robot.fingerprint)
+    assert {stage for stage, _ in records} == {"vision"}
+
+
+@pytest.mark.fake_gpu
 def test_engines_that_compute_something_else_are_not_kept(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     robot = Robot(monkeypatch)
 
@@ -356,9 +375,6 @@ def test_new_adapters_are_refitted_and_proved(bundle: Path, built: Built, monkey
     records = engine_cache.newest(swapped, Manifest.load(swapped), robot.fingerprint)
     assert {record.origin for record in records.values()} == {"refitted"}
 
-    old = Robot(monkeypatch, "8.6.2")  # cannot refit from ONNX
-    assert labels(engines(swapped, options, build=old.build).built) == LABELS
-
 
 @pytest.mark.fake_gpu
 def test_a_failed_proof_leaves_no_older_engine_to_step_in(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,6 +385,21 @@ def test_a_failed_proof_leaves_no_older_engine_to_step_in(bundle: Path, monkeypa
     with pytest.raises(ParityError):
         engines(bundle, EngineOptions(), build=robot.build)
     assert engine_cache.newest(bundle, Manifest.load(bundle), robot.fingerprint) == {}
+
+
+def test_a_tensorrt_that_is_too_old_builds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = tensorrt_flavour.importlib.import_module
+    old = SimpleNamespace(__version__="8.6.2", ILogger=object)
+    monkeypatch.setattr(
+        tensorrt_flavour.importlib, "import_module", lambda name: old if name == "tensorrt" else real(name)
+    )
+    monkeypatch.setattr(engine_plan, "installed", lambda: iter(("trt",)))
+    monkeypatch.setattr(engine_plan, "find_device", lambda: (ORIN, ""))
+    with pytest.raises(EngineError, match="too old for exact engines"):
+        engine_plan.choose_machines(EngineOptions(tensorrt="trt"))
+    machines = engine_plan.choose_machines(EngineOptions())
+    assert machines.tensorrt is None
+    assert all(word in machines.reason for word in ("too old", "TensorRT 8.6.2", "JetPack 6.1 or newer"))
 
 
 def test_free_memory_of_a_jetson_counts_what_the_kernel_gives_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,6 +429,12 @@ def test_a_bundle_without_a_recording_says_so(bundle: Path, monkeypatch: pytest.
     reporter = Reporter(1, quiet=True)
     engine_builder.build_engines(bundle, EngineOptions(), reporter, build=robot.build)
     assert "no recorded reference" in reporter.log
+
+
+def test_what_the_builder_is_told_is_part_of_an_engines_key() -> None:
+    """A flag more makes another engine: an old one must not be taken for it."""
+    told = {inspect.getsourcefile(each) for each in (TensorRT.set_flags, TensorRT.network, build_engine)}
+    assert told == {str(ROOT / name) for name in engine_plan._BUILD_CODE}
 
 
 def test_a_dry_run_builds_nothing(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,18 +18,10 @@ from onnx import TensorProto, helper
 from bundle.errors import DeviceError, EngineBuildError
 from export.to_tensorrt import EngineBuilt, build_engine
 from runtime.backends.fake_gpu import ORIN, FakeCuda
-from runtime.backends.fake_tensorrt import VERSIONS, DataType
+from runtime.backends.fake_tensorrt import VERSIONS
 from runtime.tensorrt_flavour import TensorRT, open_flavour
 from tests.checkpoints import file_size_limit
 from tests.engines import fake_tensorrt, go_on, request
-
-HALF, FLOAT, INT32, INT64, BOOL = (
-    DataType.HALF,
-    DataType.FLOAT,
-    DataType.INT32,
-    DataType.INT64,
-    DataType.BOOL,
-)
 
 
 def write_model(path: Path, op: str = "Tanh", *, width: int = 2, weights: str | None = None) -> Path:
@@ -91,10 +83,20 @@ def test_an_engine_for_a_gpu_that_is_not_here(rtx: TensorRT, graph: Path, tmp_pa
     built = build_rtx(rtx, graph, target=target, timing_cache=str(cache))
     assert graph.with_suffix(".engine").stat().st_size > 0
     assert [tensor.name for tensor in (*built.inputs, *built.outputs)] == ["x", "y"]
-    assert (built.layers, built.typed_layers, built.refitted) == (1, 0, False)
+    assert (built.layers, built.refitted) == (1, False)
     # It measures nothing: there is no cache to keep.
     assert not built.timing_cache
     assert not cache.exists()
+
+
+def test_the_real_builder_keeps_the_flags(rtx: TensorRT) -> None:
+    config, flags = rtx.builder().create_builder_config(), rtx.module.BuilderFlag
+    assert config.get_flag(flags.TF32)
+    rtx.set_flags(config)
+    assert not config.get_flag(flags.TF32)
+    assert config.get_flag(
+        flags.REQUIRE_USER_ALLOCATION
+    )  # an engine that may allocate while it runs cannot be captured
 
 
 @pytest.mark.parametrize("op", ["NoSuchOperator", "Unique"])
@@ -152,61 +154,40 @@ def test_a_full_disk_is_not_a_truncated_engine(rtx: TensorRT, graph: Path) -> No
 
 
 @pytest.mark.usefixtures("no_gpu")
-def test_layers_of_8_6_are_typed_by_what_they_give(graph: Path, tmp_path: Path) -> None:
-    """8.6 has no strong typing: a layer gets its ONNX precision, except where TensorRT refuses to be told one."""
-    layers = (
-        ("CONVOLUTION", (HALF,)),
-        ("SPLIT", (FLOAT, FLOAT)),
-        ("TOPK", (HALF, INT32)),
-        ("SHAPE", (INT32,)),
-        ("COMPARE", (BOOL,)),
-        ("CAST", (FLOAT,)),
-        ("IDENTITY", (HALF,)),
-        ("CONSTANT", (INT32,)),
-        ("ASSERTION", ()),
-    )
-    tensorrt = fake_tensorrt("8.6.2", layers=layers)
-    built = build_engine(tensorrt, request(graph, tmp_path / "x.engine"), go_on)
-    told = {layer.type: (layer.precision, layer.types) for layer in tensorrt.module.last_network.layers}
-    assert told == {
-        "CONVOLUTION": (HALF, {0: HALF}),
-        "SPLIT": (FLOAT, {0: FLOAT, 1: FLOAT}),
-        "TOPK": (None, {}),
-        "SHAPE": (None, {}),
-        "COMPARE": (None, {}),
-        "CAST": (None, {0: FLOAT}),
-        "IDENTITY": (None, {0: HALF}),
-        "CONSTANT": (None, {}),
-        "ASSERTION": (None, {}),
-    }
-    assert (built.layers, built.typed_layers) == (len(layers), 4)
-
-
-@pytest.mark.usefixtures("no_gpu")
 @pytest.mark.parametrize("version", VERSIONS)
 def test_options_reach_the_builder(graph: Path, tmp_path: Path, version: str) -> None:
     tensorrt = fake_tensorrt(version)
     options = {"optimization_level": 5, "workspace_bytes": 123 << 20, "refit": True}
     build_engine(tensorrt, request(graph, tmp_path / "x.engine", **options), go_on)
-    config, flags = tensorrt.module.last_config, tensorrt.module.BuilderFlag
-    assert (config.builder_optimization_level, config.workspace) == (5, 123 << 20)
+    config, flags = tensorrt.module._last_config, tensorrt.module.BuilderFlag
+    assert (config.builder_optimization_level, config._workspace) == (5, 123 << 20)
     assert config.profiling_verbosity == tensorrt.module.ProfilingVerbosity.DETAILED
-    assert flags.REFIT in config.flags
-    assert flags.TF32 not in config.flags
+    assert flags.REFIT in config._flags
+    assert flags.TF32 not in config._flags
 
 
 @pytest.mark.usefixtures("no_gpu")
-def test_times_of_another_gpu_are_forgotten(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TensorRT gives no cache for foreign content; the build starts a new one instead of failing."""
-    cache = tmp_path / "timing.cache"
-    cache.write_bytes(b"of another GPU")
+@pytest.mark.parametrize("refused_by", ["create_timing_cache", "set_timing_cache"])
+def test_times_of_another_gpu_are_forgotten(
+    graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused_by: str
+) -> None:
+    """TensorRT takes no foreign content; the build starts a new cache instead of failing, and the next one has it."""
+    file = tmp_path / "timing.cache"
+    file.write_bytes(b"of another GPU")
     tensorrt = fake_tensorrt("10.3.0")
-    monkeypatch.setattr(
-        tensorrt.module.IBuilderConfig, "create_timing_cache", lambda self, content: None if content else b""
-    )
-    built = build_engine(tensorrt, request(graph, tmp_path / "x.engine", timing_cache=str(cache)), go_on)
-    assert built.timing_cache
-    assert cache.read_bytes() == b"timed;"
+    kind = tensorrt.module.IBuilderConfig
+    real = getattr(kind, refused_by)
+
+    def refuse(self: Any, given: Any, *rest: Any) -> Any:
+        content = given if isinstance(given, bytes) else given._content
+        refusal = None if refused_by == "create_timing_cache" else False
+        return refusal if content == b"of another GPU" else real(self, given, *rest)
+
+    monkeypatch.setattr(kind, refused_by, refuse)
+    for count in (1, 2):
+        built = build_engine(tensorrt, request(graph, tmp_path / "x.engine", timing_cache=str(file)), go_on)
+        assert built.timing_cache
+        assert file.read_bytes() == b"timed;" * count
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -233,19 +214,6 @@ def test_memory_that_python_cannot_get(graph: Path, tmp_path: Path, monkeypatch:
     tensorrt = fake_tensorrt()
     monkeypatch.setattr(tensorrt.module.Builder, "build_serialized_network", none)
     with pytest.raises(EngineBuildError, match="ran out of memory"):
-        build_engine(tensorrt, request(graph, tmp_path / "x.engine"), go_on)
-
-
-@pytest.mark.usefixtures("no_gpu")
-def test_a_builder_that_does_not_start(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """pybind11 has no word for a constructor that returns nothing but TypeError."""
-
-    def none(*_: object) -> None:
-        raise TypeError("pybind11::init(): factory function returned nullptr")
-
-    tensorrt = fake_tensorrt()
-    monkeypatch.setattr(tensorrt.module, "Builder", none)
-    with pytest.raises(EngineBuildError, match="cannot start its builder for tanh"):
         build_engine(tensorrt, request(graph, tmp_path / "x.engine"), go_on)
 
 

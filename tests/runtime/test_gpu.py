@@ -20,7 +20,8 @@ import pytest
 
 from bundle.errors import DeviceError
 from runtime import gpu
-from runtime.gpu import CudaBindings, Device, cuda_error, open_cuda
+from runtime.cuda_errors import cuda_error
+from runtime.gpu import CudaBindings, Device, open_cuda
 from runtime.gpu_pycuda import PyCuda
 
 ARGUMENTS = {
@@ -36,7 +37,7 @@ ARGUMENTS = {
 def test_the_real_package_has_what_is_called() -> None:
     driver = pytest.importorskip("cuda.bindings.driver")
     source = inspect.getsource(CudaBindings)
-    called = set(re.findall(r"\b(cu[A-Z]\w+)\(", source))
+    called = set(re.findall(r"\.(cu[A-Z]\w+)\b", source))
     assert called == set(ARGUMENTS)
     for name, count in ARGUMENTS.items():
         signature = getattr(driver, name).__doc__.split("\n")[0]
@@ -175,6 +176,7 @@ def test_the_device() -> None:
     values = {
         "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR": 8,
         "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR": 7,
+        "CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT": 8,
         "CU_DEVICE_ATTRIBUTE_INTEGRATED": 1,
     }
     driver = FakeDriver(
@@ -185,7 +187,7 @@ def test_the_device() -> None:
     )
     cuda = CudaBindings(driver)
     assert driver.names == ["cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent"]
-    assert cuda.device() == Device("Orin", 87, 16 << 30, True, 12060)
+    assert cuda.device() == Device("Orin", 87, 8, 16 << 30, True, 12060)
     assert cuda.free_bytes() == 5
 
 
@@ -194,7 +196,7 @@ def test_the_device() -> None:
     [("Orin", "orin"), ("NVIDIA GeForce RTX 4090", "geforce-rtx-4090"), ("NVIDIA H200", "h200"), ("...", "gpu")],
 )
 def test_slugs(name: str, slug: str) -> None:
-    assert Device(name, 87, 1, False, 12060).slug == slug
+    assert Device(name, 87, 8, 1, False, 12060).slug == slug
 
 
 def test_host_memory_is_the_memory_itself() -> None:
@@ -271,6 +273,37 @@ def test_a_capture_is_abandoned_without_an_error(answer: Any) -> None:
     assert ("cuGraphDestroy" in driver.names) == (answer == (0, 11))
 
 
+@pytest.mark.parametrize(("code", "sticky"), [(12345, False), (911, True)])
+def test_a_code_that_the_package_does_not_know(code: int, sticky: bool) -> None:
+    """cuda-bindings makes an enumeration's member of what the driver says, and a newer driver has codes that the package has not."""
+
+    def answer(*_: Any) -> Any:
+        raise ValueError(f"{code} is not a valid CUresult")
+
+    cuda = CudaBindings(FakeDriver(cuStreamSynchronize=answer, cuStreamEndCapture=answer))
+    with pytest.raises(DeviceError, match=rf"waiting for the GPU(?s:.*)unknown error \({code}\)") as caught:
+        cuda.synchronize(3)
+    assert caught.value.sticky == sticky
+    cuda.abandon_capture(3)
+    with pytest.raises(DeviceError, match="starting CUDA") as caught:
+        CudaBindings(FakeDriver(cuInit=answer))
+    assert not caught.value.absent
+
+
+def test_the_real_package_raises_what_is_understood() -> None:
+    driver = pytest.importorskip("cuda.bindings.driver")
+    with pytest.raises(ValueError, match=gpu._UNKNOWN_CODE.pattern):
+        driver.CUresult(12345)
+
+
+def test_a_wrong_argument_stays_what_it_is() -> None:
+    def refuse(*_: Any) -> Any:
+        raise ValueError("negative size")
+
+    with pytest.raises(ValueError, match="negative size"):
+        CudaBindings(FakeDriver(cuMemAlloc=refuse)).allocate(-1)
+
+
 # --- pycuda -------------------------------------------------------------------------------------------------------------------
 
 
@@ -314,13 +347,13 @@ def fake_pycuda(**failing: Exception) -> Any:
         calls.append(("pagelocked_empty", size, mem_flags))
         return SimpleNamespace(base=Base(), nbytes=size)
 
-    attributes = enum.Enum("device_attribute", "INTEGRATED")
+    attributes = enum.Enum("device_attribute", "INTEGRATED MULTIPROCESSOR_COUNT")
     device = SimpleNamespace(
         retain_primary_context=lambda: SimpleNamespace(push=note("push"), pop=note("pop")),
         name=lambda: "Orin",
         compute_capability=lambda: (8, 7),
         total_memory=lambda: 16 << 30,
-        get_attributes=lambda: {attributes.INTEGRATED: 1},
+        get_attributes=lambda: {attributes.INTEGRATED: 1, attributes.MULTIPROCESSOR_COUNT: 8},
     )
     return SimpleNamespace(
         Error=Error,
@@ -347,7 +380,7 @@ def fake_pycuda(**failing: Exception) -> Any:
 def test_pycuda() -> None:
     driver = fake_pycuda()
     cuda = PyCuda(driver)
-    assert cuda.device() == Device("Orin", 87, 16 << 30, True, 12020)
+    assert cuda.device() == Device("Orin", 87, 8, 16 << 30, True, 12020)
     assert cuda.free_bytes() == 5
     pointer = cuda.allocate(64)
     stream, host = cuda.stream(), cuda.allocate_host(64, mapped=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import enum
+import logging
 import sys
 import warnings
 from pathlib import Path
@@ -17,7 +17,8 @@ from runtime import tensorrt_flavour
 from runtime.backends.fake_gpu import DESKTOP, ORIN
 from runtime.backends.fake_tensorrt import VERSIONS, DataType, fake_module
 from runtime.gpu import Device
-from runtime.tensorrt_flavour import EngineTensor, MessageLog, TensorRT, installed, open_flavour, parser_errors
+from runtime.tensorrt_callbacks import MessageLog
+from runtime.tensorrt_flavour import EngineTensor, TensorRT, installed, open_flavour
 
 
 def flavour(version: str = "10.3.0", **attributes: Any) -> TensorRT:
@@ -31,26 +32,34 @@ def flavour(version: str = "10.3.0", **attributes: Any) -> TensorRT:
 
 
 @pytest.mark.parametrize(
-    ("version", "typing", "others", "refits"),
-    [
-        ("8.6.2", "per layer", False, False),
-        ("10.3.0", "flag", False, True),
-        ("10.16.1", "flag", False, True),
-        ("11.4.0", "always", False, True),
-        ("rtx-1.7.1", "flag", True, None),
-    ],
+    ("version", "rtx"), [("10.3.0", False), ("10.16.1", False), ("11.4.0", False), ("rtx-1.7.1", True)]
 )
-def test_questions(version: str, typing: str, others: bool, refits: bool | None) -> None:
+def test_questions(version: str, rtx: bool) -> None:
     tensorrt = flavour(version)
-    assert (tensorrt.typing, tensorrt.builds_for_others) == (typing, others)
-    assert bool(tensorrt.targets()) == others
-    if refits is not None:
-        assert tensorrt.refits_from_onnx == refits
+    assert (tensorrt.builds_for_others, tensorrt.wants_scratch, bool(tensorrt.targets())) == (rtx, rtx, rtx)
+
+
+@pytest.mark.parametrize("version", ["8.6.1", "8.6.2.3", "9.3.0.post12.dev1"])
+def test_a_tensorrt_that_cannot_be_told_exact_types(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr(
+        tensorrt_flavour.importlib, "import_module", lambda name: SimpleNamespace(__version__=version, ILogger=object)
+    )
+    with pytest.raises(EngineError, match="too old for exact engines") as caught:
+        open_flavour("trt")
+    assert f"got:      TensorRT {version}\n  expected: 10.0 or newer" in str(caught.value)
+    assert "JetPack 6.1 or newer" in caught.value.hint
+    assert "--backend ort" in caught.value.hint
+    assert not caught.value.absent  # a search for a backend says why it goes on
+
+
+def test_rtx_counts_its_versions_from_one() -> None:
+    assert flavour("rtx-1.7.1").version == "1.7.1"
 
 
 def test_fingerprints() -> None:
-    assert flavour("10.3.0").fingerprint(ORIN) == "orin-sm87-trt10.3.0-cuda12"
-    assert flavour("10.3.0").usable_fingerprints(ORIN) == ("orin-sm87-trt10.3.0-cuda12",)
+    assert flavour("10.3.0").fingerprint(ORIN) == "orin-sm87x8-trt10.3.0-cuda12"
+    assert flavour("10.3.0").fingerprint(Device("Orin", 87, 16, 1, True, 12060)) == "orin-sm87x16-trt10.3.0-cuda12"
+    assert flavour("10.3.0").usable_fingerprints(ORIN) == ("orin-sm87x8-trt10.3.0-cuda12",)
     with pytest.raises(EngineError, match="builds for the GPU that it runs on"):
         flavour("10.3.0").fingerprint(None)
     rtx = flavour("rtx-1.7.1")
@@ -58,7 +67,7 @@ def test_fingerprints() -> None:
     assert rtx.fingerprint(DESKTOP, "sm120") == "sm120-rtx1.7.1"
     assert rtx.fingerprint(None) == "portable-rtx1.7.1"
     assert rtx.usable_fingerprints(DESKTOP) == ("sm86-rtx1.7.1", "portable-rtx1.7.1")
-    assert rtx.usable_fingerprints(Device("T4", 75, 1, False, 13000)) == ("sm75-rtx1.7.1",)
+    assert rtx.usable_fingerprints(Device("T4", 75, 40, 1, False, 13000)) == ("sm75-rtx1.7.1",)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -71,16 +80,9 @@ def test_dtypes(version: str) -> None:
 # --- building -----------------------------------------------------------------------------------------------------------------
 
 
-def test_workspace_level_and_details_where_they_are_missing() -> None:
-    tensorrt = flavour()
-    old = SimpleNamespace()
-    tensorrt.set_workspace(old, 5)
-    tensorrt.set_optimization_level(old, 4)
-    assert vars(old) == {"max_workspace_size": 5}
-    del tensorrt.module.ProfilingVerbosity, tensorrt.module.IProgressMonitor
-    tensorrt.set_details(old)
-    tensorrt.set_progress(old, lambda *_: True)
-    assert vars(old) == {"max_workspace_size": 5}
+def test_a_network_of_a_tensorrt_that_has_nothing_but_strong_types() -> None:
+    tensorrt = flavour("11.4.0", NetworkDefinitionCreationFlag=SimpleNamespace())
+    assert tensorrt.network(tensorrt.builder())._creation == 0
 
 
 def test_targets_are_set() -> None:
@@ -92,24 +94,28 @@ def test_targets_are_set() -> None:
     assert (config.num_compute_capabilities, told) == (1, [(89, 0)])
 
 
-def test_a_timing_cache_of_another_machine_is_begun_anew() -> None:
+@pytest.mark.parametrize("refused_by", ["create", "set"])
+def test_a_timing_cache_of_another_machine_is_begun_anew(refused_by: str) -> None:
     asked: list[Any] = []
     config = SimpleNamespace(
-        create_timing_cache=lambda content: asked.append(content) or (None if content else "new"),
-        set_timing_cache=lambda cache, ignore: asked.append(cache) or True,
+        create_timing_cache=lambda content: (
+            asked.append(content) or (None if content and refused_by == "create" else content)
+        ),
+        set_timing_cache=lambda cache, ignore: asked.append((cache, ignore)) or not cache,
     )
     assert flavour().set_timing_cache(config, b"of a Xavier")
-    assert asked == [b"of a Xavier", b"", "new"]
+    tried = [] if refused_by == "create" else [(b"of a Xavier", False)]
+    assert asked == [b"of a Xavier", *tried, b"", (b"", False)]
 
 
-def test_a_timing_cache_that_is_refused_deprecated_or_missing() -> None:
+def test_a_timing_cache_that_is_refused_or_deprecated() -> None:
     def deprecated(content: bytes) -> bytes:
         warnings.warn("measures nothing", DeprecationWarning, stacklevel=2)
         return content
 
     refused = SimpleNamespace(create_timing_cache=bytes, set_timing_cache=lambda *_: False)
     useless = SimpleNamespace(create_timing_cache=deprecated, set_timing_cache=lambda *_: True)
-    for config in (SimpleNamespace(), refused, useless):
+    for config in (refused, useless):
         assert not flavour().set_timing_cache(config, b"")
 
 
@@ -153,7 +159,10 @@ def test_a_refused_engine_is_explained(reasons: int, words: str) -> None:
     def refuse(content: Any) -> None:
         tensorrt.logger.log(1, "magic tag failed")
 
-    runtime = SimpleNamespace(get_engine_validity=lambda content: ("invalid", reasons), deserialize_cuda_engine=refuse)
+    runtime = SimpleNamespace(
+        get_engine_validity=lambda content: (tensorrt.module.EngineValidity.INVALID, reasons),
+        deserialize_cuda_engine=refuse,
+    )
     with pytest.raises(EngineError, match=r"cannot load vision\.engine") as caught:
         tensorrt.deserialize(runtime, b"", "vision.engine")
     assert words in str(caught.value.got)
@@ -161,65 +170,37 @@ def test_a_refused_engine_is_explained(reasons: int, words: str) -> None:
 
 
 def test_a_suboptimal_engine_is_loaded() -> None:
+    tensorrt = flavour("rtx-1.7.1")
     runtime = SimpleNamespace(
-        get_engine_validity=lambda content: ("suboptimal", 0), deserialize_cuda_engine=lambda content: "engine"
+        get_engine_validity=lambda content: (tensorrt.module.EngineValidity.SUBOPTIMAL, 0),
+        deserialize_cuda_engine=lambda content: "engine",
     )
-    assert flavour("rtx-1.7.1").deserialize(runtime, b"", "x") == "engine"
+    assert tensorrt.deserialize(runtime, b"", "x") == "engine"
 
 
 @pytest.mark.parametrize("cache", [b"", b"compiled before"])
 def test_a_context_takes_what_was_compiled_before(cache: bytes) -> None:
     told: list[Any] = []
     compiled = SimpleNamespace(deserialize=told.append)
-    config = SimpleNamespace(create_runtime_cache=lambda: compiled, set_runtime_cache=told.append)
+    config = SimpleNamespace(
+        create_runtime_cache=lambda: compiled,
+        set_runtime_cache=told.append,
+        set_execution_context_allocation_strategy=lambda strategy: told.append(strategy.name),
+    )
     engine = SimpleNamespace(create_runtime_config=lambda: config, create_execution_context=lambda *given: given)
     assert flavour("rtx-1.7.1").context(engine, cache) == ((config,), compiled)
-    assert told == ([cache] if cache else []) + [compiled]
+    assert told == ["USER_MANAGED", *([cache] if cache else []), compiled]
 
 
-def test_a_context_without_a_runtime_cache() -> None:
-    plain = SimpleNamespace(create_execution_context=lambda *given: given)
-    config = SimpleNamespace()
-    configured = SimpleNamespace(create_runtime_config=lambda: config, create_execution_context=lambda *given: given)
-    assert flavour().context(plain, b"x") == ((), None)
-    assert flavour().context(configured, b"x") == ((), None)
+@pytest.mark.parametrize("version", ["10.3.0", "10.16.1", "11.4.0"])
+def test_a_context_without_a_runtime_cache(version: str) -> None:
+    """JetPack 7's has a runtime configuration, but nothing is compiled at loading."""
+    engine = SimpleNamespace(create_runtime_config=SimpleNamespace, create_execution_context=lambda *given: given)
+    assert flavour(version).context(engine, b"x") == ((), None)
+    assert flavour(version).scratch_bytes(engine) == 0
 
 
 FEED, RESULT = Tensor(name="a", dtype="float16", shape=(1, 2)), Tensor(name="b", dtype="int32", shape=(3,))
-
-
-class OldEngine:
-    """An engine of TensorRT 8.4, whose tensors have positions."""
-
-    num_bindings = 2
-
-    def __init__(self) -> None:
-        self.ran: list[Any] = []
-        self.engine = self  # it is its own context
-
-    def get_binding_name(self, index: int) -> str:
-        return "ab"[index]
-
-    def get_binding_dtype(self, index: int) -> DataType:
-        return (DataType.HALF, DataType.INT32)[index]
-
-    def get_binding_shape(self, index: int) -> tuple[int, ...]:
-        return ((1, 2), (3,))[index]
-
-    def binding_is_input(self, index: int) -> bool:
-        return index == 0
-
-    def execute_async_v2(self, *, bindings: list[int], stream_handle: int) -> bool:
-        self.ran.append((bindings, stream_handle))
-        return True
-
-
-def test_tensors_by_position() -> None:
-    engine, tensorrt = OldEngine(), flavour("8.6.2")
-    assert tensorrt.tensors(engine) == (EngineTensor(FEED, True), EngineTensor(RESULT, False))
-    run = tensorrt.bind(engine, {"b": 22, "a": 11})
-    assert run(7)
-    assert engine.ran == [([11, 22], 7)]
 
 
 def test_tensors_by_name() -> None:
@@ -250,10 +231,9 @@ def test_an_address_that_is_refused() -> None:
         flavour().bind(context, {"a": 1})
 
 
-def test_capturable_and_inspector() -> None:
+def test_capturable() -> None:
     assert flavour().capturable(SimpleNamespace(), 1)
     assert not flavour().capturable(SimpleNamespace(is_stream_capturable=lambda stream: False), 1)
-    assert flavour().inspect(SimpleNamespace()) == ""
 
 
 @pytest.mark.parametrize(
@@ -282,21 +262,14 @@ def test_the_log_keeps_the_last_messages_and_tells_an_error_once() -> None:
     assert (len(log.messages), log.messages[-1]) == (200, (3, "299"))
 
 
-def test_parser_errors_of_old_and_new_parsers() -> None:
-    code = enum.Enum("code", "UNSUPPORTED_NODE")
-    old = SimpleNamespace(node=lambda: 3, desc=lambda: "no such operator")
-    new = SimpleNamespace(
-        node=lambda: 4,
-        desc=lambda: "false",
-        node_name=lambda: "qkv",
-        node_operator=lambda: "Gemm",
-        code=lambda: code.UNSUPPORTED_NODE,
-    )
-    parser = SimpleNamespace(num_errors=2, get_error=lambda index: (old, new)[index])
-    first, second = parser_errors(parser)
-    assert first == "node 3: no such operator"
-    assert second.startswith("node 4 'qkv' (Gemm): ")
-    assert "UNSUPPORTED_NODE" in second
+def test_an_engine_of_another_device_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    words = "Using an engine plan file across different models of devices is not recommended and is likely to affect performance."
+    log = MessageLog()
+    for severity, text in ((2, words), (2, f"{words}\n"), (2, "the timing cache is empty"), (3, f"{words} INFO")):
+        log.add(severity, text)
+    assert [(record.levelno, record.getMessage()) for record in caplog.records] == [
+        (logging.WARNING, f"TensorRT: {words}")
+    ]
 
 
 def test_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,7 +280,7 @@ def test_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         assert list(installed()) == [name for name, module in tensorrt_flavour.MODULES.items() if module in present]
 
 
-@pytest.mark.parametrize("error", [ImportError("no module"), OSError("libnvinfer.so.10"), RuntimeError("driver")])
+@pytest.mark.parametrize("error", [ImportError("no module"), OSError("no file"), RuntimeError("driver")])
 def test_a_flavour_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def refuse(name: str) -> Any:
         raise error
@@ -319,6 +292,32 @@ def test_a_flavour_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch, erro
     assert "system-site-packages" in caught.value.hint
 
 
+@pytest.mark.parametrize("library", ["libnvinfer.so.10", "libnvonnxparser.so.10"])
+def test_bindings_without_libraries(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
+    def refuse(name: str) -> Any:
+        raise ImportError(f"{library}: cannot open shared object file: No such file or directory")
+
+    monkeypatch.setattr(tensorrt_flavour.importlib, "import_module", refuse)
+    with pytest.raises(EngineError, match="tensorrt cannot be imported") as caught:
+        open_flavour("trt")
+    assert f"{library} is not" in caught.value.hint
+    assert all(way in caught.value.hint for way in ("apt-get", "--runtime nvidia", "--backend ort"))
+
+
+@pytest.mark.parametrize("start", ["builder", "runtime"])
+def test_what_does_not_start(start: str) -> None:
+    """pybind11 has no word for a constructor that returns nothing but TypeError."""
+
+    def nothing(logger: Any) -> Any:
+        logger.log(1, "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    tensorrt = flavour(Builder=nothing, Runtime=nothing)
+    with pytest.raises(EngineError, match=r"TensorRT 10\.3\.0 does not start(?s:.*)error: 35") as caught:
+        getattr(tensorrt, start)()
+    assert all(way in caught.value.hint for way in ("driver is too old", "--backend ort"))
+
+
 def test_the_real_tensorrt_rtx() -> None:
     pytest.importorskip("tensorrt_rtx")
     tensorrt = open_flavour("rtx")
@@ -326,16 +325,7 @@ def test_the_real_tensorrt_rtx() -> None:
     assert {"sm75", "sm80", "sm86", "sm89", "sm120"} <= set(tensorrt.targets())
     assert tensorrt.fingerprint(DESKTOP) == f"sm86-rtx{module.__version__}"
     assert tensorrt.fingerprint(None) == f"portable-rtx{module.__version__}"
-    assert (tensorrt.typing, tensorrt.builds_for_others) == ("flag", True)
+    assert (tensorrt.builds_for_others, tensorrt.wants_scratch) == (True, True)
     assert tensorrt.dtype(module.DataType.HALF) == "float16"
     bits = module.EngineInvalidityDiagnostics.MALFORMED_ENGINE
     assert tensorrt._diagnosis(int(bits)) == "MALFORMED_ENGINE"
-    # What is called where a GPU is needed is at least there.
-    for holder, names in {
-        module.Runtime: ("get_engine_validity", "deserialize_cuda_engine"),
-        module.ICudaEngine: ("create_runtime_config", "create_execution_context", "create_engine_inspector"),
-        module.IRuntimeConfig: ("create_runtime_cache", "set_runtime_cache"),
-        module.IExecutionContext: ("is_stream_capturable", "set_tensor_address", "execute_async_v3"),
-        module.Builder: ("build_serialized_network_to_stream",),
-    }.items():
-        assert [name for name in names if not hasattr(holder, name)] == []

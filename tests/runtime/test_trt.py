@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -14,7 +15,7 @@ import pytest
 from bundle import engine_cache
 from bundle.errors import BackendError, DeviceError, EngineError, PromptError
 from bundle.manifest import Manifest
-from runtime import golden
+from runtime import golden, tensorrt_flavour
 from runtime.backends.fake_gpu import DESKTOP, ORIN, FakeCuda
 from runtime.backends.fake_tensorrt import VERSIONS
 from runtime.backends.trt import TrtBackend
@@ -350,32 +351,33 @@ def test_no_engines(folder: Path) -> None:
     with pytest.raises(EngineError, match="no engines for this machine") as caught:
         TrtBackend(cuda=gpu, tensorrt=fake_tensorrt("10.3.0", gpu)).open(folder, Manifest.load(folder))
     assert not caught.value.absent  # a GPU with TensorRT and without engines is worth a warning
-    assert "orin-sm87-trt10.3.0-cuda12" in str(caught.value)
+    assert "orin-sm87x8-trt10.3.0-cuda12" in str(caught.value)
     assert "--engines-only" in caught.value.hint
 
 
 @pytest.mark.parametrize(
     ("device", "version"),
     [
-        (Device("Orin", 87, 1 << 34, True, 13020), "10.3.0"),
-        (Device("Thor", 110, 1 << 34, True, 12060), "10.3.0"),
+        (Device("Orin", 87, 8, 1 << 34, True, 13020), "10.3.0"),
+        (Device("Thor", 110, 20, 1 << 34, True, 12060), "10.3.0"),
+        (Device("Orin", 87, 16, 1 << 34, True, 12060), "10.3.0"),
         (ORIN, "10.16.1"),
     ],
-    ids=["another driver", "another GPU", "another TensorRT"],
+    ids=["another driver", "another GPU", "a larger Orin", "another TensorRT"],
 )
 def test_engines_of_another_machine_are_not_taken(folder: Path, device: Device, version: str) -> None:
     add_engines(folder, fake_tensorrt("10.3.0", FakeCuda(ORIN)), ORIN)
     gpu = FakeCuda(device)
     with pytest.raises(EngineError, match="no engines for this machine") as caught:
         TrtBackend(cuda=gpu, tensorrt=fake_tensorrt(version, gpu)).open(folder, Manifest.load(folder))
-    assert "orin-sm87-trt10.3.0-cuda12" in str(caught.value.got)
+    assert "orin-sm87x8-trt10.3.0-cuda12" in str(caught.value.got)
 
 
 def test_an_engine_that_lies_about_its_machine_is_refused_by_tensorrt(folder: Path) -> None:
     """A folder renamed by hand: records do not fit their folder, so they count for nothing."""
-    add_engines(folder, fake_tensorrt("8.6.2", FakeCuda(ORIN)), ORIN)
+    add_engines(folder, fake_tensorrt("10.16.1", FakeCuda(ORIN)), ORIN)
     engines = folder / engine_cache.ENGINES
-    (engines / "orin-sm87-trt8.6.2-cuda12").rename(engines / "orin-sm87-trt10.3.0-cuda12")
+    (engines / "orin-sm87x8-trt10.16.1-cuda12").rename(engines / "orin-sm87x8-trt10.3.0-cuda12")
     gpu = FakeCuda(ORIN)
     with pytest.raises(EngineError, match="no engines"):
         TrtBackend(cuda=gpu, tensorrt=fake_tensorrt("10.3.0", gpu)).open(folder, Manifest.load(folder))
@@ -394,7 +396,7 @@ def test_a_flipped_byte_is_refused(folder: Path) -> None:
 def test_tensorrts_own_refusal_is_told(folder: Path) -> None:
     backend, _ = fake_backend(folder, ORIN)
     manifest = Manifest.load(folder)
-    for record in engine_cache.newest(folder, manifest, "orin-sm87-trt10.3.0-cuda12").values():
+    for record in engine_cache.newest(folder, manifest, "orin-sm87x8-trt10.3.0-cuda12").values():
         path = folder / record.file
         path.write_bytes(path.read_bytes().replace(b"10.3.0", b"10.3.1"))
     unchecked = TrtBackend(cuda=backend._cuda, tensorrt=backend._flavours[0], verify=False)
@@ -429,9 +431,67 @@ def test_a_portable_engine_runs_on_a_desktop(folder: Path) -> None:
     gpu = FakeCuda(DESKTOP)
     tensorrt = fake_tensorrt("rtx-1.7.1", gpu)
     assert tensorrt.usable_fingerprints(DESKTOP) == ("sm86-rtx1.7.1", "portable-rtx1.7.1")
-    assert tensorrt.usable_fingerprints(Device("GTX", 75, 1, False, 13000)) == ("sm75-rtx1.7.1",)
+    assert tensorrt.usable_fingerprints(Device("GTX", 75, 16, 1, False, 13000)) == ("sm75-rtx1.7.1",)
     assert tensorrt.fingerprint(None) == "portable-rtx1.7.1"
     assert tensorrt.targets() == ("sm75", "sm80", "sm86", "sm89", "sm120")
+
+
+def test_auto_passes_over_a_tensorrt_that_is_too_old(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A robot with JetPack 6.0 drives on ONNX Runtime, and is told why."""
+    monkeypatch.setattr("runtime.backends.trt.installed", lambda: iter(("trt",)))
+    monkeypatch.setattr("runtime.backends.trt.open_cuda", lambda: FakeCuda(ORIN))
+    real = tensorrt_flavour.importlib.import_module
+    old = SimpleNamespace(__version__="8.6.2", ILogger=object)
+    monkeypatch.setattr(
+        tensorrt_flavour.importlib, "import_module", lambda name: old if name == "tensorrt" else real(name)
+    )
+    policy = Policy.load(folder, "auto", threads=1)
+    assert policy.backend == "ort:cpu"
+    assert policy.failed_backends[0].startswith("trt: this TensorRT is too old for exact engines (TensorRT 8.6.2)")
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "JetPack 6.1 or newer" in warnings[0]
+    with pytest.raises(EngineError, match="too old for exact engines"):
+        Policy.load(folder, "trt")
+
+
+# --- scratch memory, which TensorRT-RTX wants to be given ---------------------------------------------------------------------
+
+
+def test_scratch_memory_belongs_to_its_engine(folder: Path) -> None:
+    policy, gpu = on_device(folder, DESKTOP, "rtx-1.7.1")
+    actions(policy, FRAMES[:2])
+    before = gpu.live["device"]
+    for ids in (LONG_IDS, (0, 7, 2), LONG_IDS):
+        policy.reset(token_ids=ids)
+        policy.step(FRAMES[0])
+    assert gpu.live["device"] == before  # an exchanged engine gives its own back
+    policy.close()
+    assert set(gpu.live.values()) == {0}
+    ends = [call for call in gpu.calls if call in ("release_graph", "context destroyed", "engine destroyed", "release")]
+    assert ends.index("context destroyed") < ends.index("release")
+
+
+def test_too_little_memory_for_scratch(folder: Path) -> None:
+    gpu = FakeCuda(DESKTOP, fail={"allocate": (1, 2)})
+    tensorrt = fake_tensorrt("rtx-1.7.1", gpu)
+    add_engines(folder, tensorrt, DESKTOP)
+    with pytest.raises(DeviceError, match="out of GPU memory"):
+        Policy(folder, Manifest.load(folder), TrtBackend(cuda=gpu, tensorrt=tensorrt))
+    gc.collect()
+    assert set(gpu.live.values()) == {0}
+    assert gpu.calls.count("context made") == gpu.calls.count("context destroyed")
+
+
+def test_engines_without_own_allocation_still_run(folder: Path) -> None:
+    """Those that an older jetvla built: the runtime takes engines whatever their settings."""
+    backend, _ = fake_backend(folder, DESKTOP, "rtx-1.7.1")
+    for path in (folder / engine_cache.ENGINES).glob("*/*.engine"):
+        path.write_bytes(path.read_bytes().replace(b'"user_allocation": true', b'"user_allocation": null'))
+    unchecked = TrtBackend(cuda=backend._cuda, tensorrt=backend._flavours[0], verify=False)
+    policy = Policy(folder, Manifest.load(folder), unchecked)
+    np.testing.assert_array_equal(actions(policy, FRAMES), actions(on_host(folder), FRAMES))
 
 
 def test_what_was_compiled_at_loading_is_kept(folder: Path) -> None:
