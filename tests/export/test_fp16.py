@@ -152,7 +152,7 @@ def in_real_fp16(bundle: Path, stage: str) -> list[tuple[NDArray[np.float32], ND
 def test_operations_that_leave_fp16s_range_are_computed_in_fp32(
     upstream: SyntheticFiles, tmp_path: Path, large: Large
 ) -> None:
-    """Without it these policies pass on a CPU, and are NaN where fp16 is real."""
+    """Without it the first passes on a CPU and is NaN where fp16 is real."""
     path = scaled(upstream, tmp_path / "large.ckpt", large.scales)
     config = BuildConfig(
         checkpoint=path, base=upstream.base, out=tmp_path / "policy.bundle", precision="fp16", promote=False
