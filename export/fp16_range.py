@@ -173,6 +173,9 @@ class TappedGraph:
         options = onnxruntime.SessionOptions()
         # Folding constants would keep fp32 copies of all weights, and fusions hide tensors.
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        # Nodes run as they are listed, a weight's cast right before its product. In the default order all casts come first.
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+        options.enable_cpu_mem_arena = False
         options.intra_op_num_threads = len(os.sched_getaffinity(0))
         options.log_severity_level = 3
         options.add_session_config_entry("session.force_spinning_stop", "1")
