@@ -143,7 +143,9 @@ def _show_range(stage: str, found: parity.Fp16Range, reporter: Reporter) -> None
     if found.widened:
         names = [f"{name} ({peak:.3g})" for name, peak in sorted(found.widened.items(), key=lambda item: -item[1])]
         more = f", ... {len(names)} operations in all" if len(names) > _NAMED else ""
-        reporter.result(f"{stage}: in fp32, since it makes, reads or holds what fp16 cannot: {', '.join(names[:_NAMED])}{more}")
+        reporter.result(
+            f"{stage}: in fp32, since it makes, reads or holds what fp16 cannot: {', '.join(names[:_NAMED])}{more}"
+        )
 
 
 def _parity_table(report: parity.ParityReport) -> Table:
