@@ -25,7 +25,7 @@ PATCH = 14
 _FFN_RATIOS = (4, 2, 1, 3, 8)
 # Widths of the hidden layers of the head's MLP: train/action_head.py.
 _MLP = (1024, 512, 256)
-_PAGE = 4096  # weights start at multiples of it: export/onnx_ops.py
+_PAGE = 4096  # weights start at multiples of it: export/weight_file.py
 
 
 @dataclass(frozen=True)

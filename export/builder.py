@@ -1,14 +1,15 @@
 """A build, step by step: read, plan, export, verify, publish.
 
 Only one tensor of one stage is in memory at a time, and the reference is released before the backend loads, so a full-size build fits a
-small machine. An fp16 build whose actions are off promotes stages to fp32 where that costs nothing (see export/plan.py), and says so.
+small machine. An fp16 build computes operations in fp32 whose values leave fp16's range (see export/fp16_range.py), and promotes
+stages to fp32 where that costs nothing if the actions are off (see export/plan.py). It says so.
 """
 
 from __future__ import annotations
 
 import resource
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import msgspec
@@ -19,11 +20,13 @@ from bundle.atomic import disk_errors, link_or_copy, staged_directory
 from bundle.errors import BundleError, ParityError
 from bundle.hashing import sha256_file
 from bundle.manifest import File, FloatPrecision, Manifest, Stage
+from bundle.recording import Recording
 from bundle.strangers import keep_strangers
 from export import verification
 from export.config import BUILD_REPORT, BuildConfig, BuildReport, Input, library_versions, request_sha256
 from export.console import Reporter, human_bytes
 from export.conventions import infer_conventions, provisional_packing
+from export.fp16_range import StageRange
 from export.plan import EMBEDDING_WEIGHT, Plan, check_space, make_plan, merged_weights, plan_table, stage_files
 from export.to_onnx import export_stage
 from export.verification import PARITY_REPORT, pretty_json
@@ -61,6 +64,12 @@ def run(config: BuildConfig, reporter: Reporter) -> None:
             with reporter.step("Verify"):
                 episodes = verification.verification_episodes(config, plan)
                 reference = verification.record_reference(staging, loaded, plan, episodes, reporter)
+                recording = Recording.of(episodes, reference)
+                ranges = {
+                    stage: _hold_range(staging, config, loaded, plan, stage, stages, files, recording, reporter)
+                    for stage, precision in precisions.items()
+                    if precision == "fp16"
+                }
                 while True:
                     manifest = msgspec.structs.replace(plan.manifest, stages=stages)
                     promoted = plan.promotable(precisions) if config.promote else None
@@ -74,9 +83,13 @@ def run(config: BuildConfig, reporter: Reporter) -> None:
                         f"{report.verdict} with {promoted} in fp16 (action error {report.action_max_error:.1e}); "
                         f"fp32 costs only {human_bytes(plan.sizes[promoted] // 2)}, so it is promoted"
                     )
+                    del ranges[promoted]
                     _remove_stage(staging, stages[promoted])
                     again, written = _export(staging, config, loaded, plan, {promoted: "fp32"}, reporter)
                     stages, files = stages | again, files | written
+                report = msgspec.structs.replace(
+                    report, fp16={stage: found.summary() for stage, found in ranges.items()}
+                )
                 verification.accept(staging, config, report, reporter)
             with reporter.step("Publish"):
                 if _has_int8(target):
@@ -85,16 +98,18 @@ def run(config: BuildConfig, reporter: Reporter) -> None:
                     )
                 (staging / PARITY_REPORT).write_bytes(pretty_json(report))
                 (staging / _LOG_NAME).write_text(reporter.log, encoding="utf-8")
+                kept_stages = {name: entry for name, entry in stages.items() if entry in plan.reusable.values()}
                 build_report = BuildReport(
                     request=request_sha256(config),
                     inputs=inputs,
-                    reused_stages=tuple(stage for stage in STAGES if (stage, precisions[stage]) in plan.reusable),
+                    reused_stages=tuple(stage for stage in STAGES if stage in kept_stages),
                     seconds=reporter.seconds,
                     peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
                     versions=library_versions(),
                 )
                 (staging / BUILD_REPORT).write_bytes(pretty_json(build_report))
-                files = _record_files(staging, plan.known_files | files)
+                known = {name: plan.known_files[name] for entry in kept_stages.values() for name in stage_files(entry)}
+                files = _record_files(staging, known | files)
                 manifest = msgspec.structs.replace(manifest, files=files, parity=report.summary())
                 manifest.save(staging)
                 Manifest.load(staging).verify_sizes(staging)
@@ -200,13 +215,18 @@ def _export(
     plan: Plan,
     precisions: Mapping[str, FloatPrecision],
     reporter: Reporter,
+    wide: Collection[str] = (),
 ) -> tuple[dict[str, Stage], dict[str, File]]:
-    """Write or link these stages; returns manifest entries and the records of the weight files just written."""
+    """Write or link these stages, the operations `wide` in fp32.
+
+    Returns:
+        Manifest entries, and the records of the weight files just written.
+    """
     weights = merged_weights(loaded)
     stages: dict[str, Stage] = {}
     files: dict[str, File] = {}
     for stage, precision in precisions.items():
-        cached = plan.reusable.get((stage, precision))
+        cached = None if wide else plan.reusable.get((stage, precision))
         if cached is not None:
             entry = cached
             for name in stage_files(entry):
@@ -220,7 +240,8 @@ def _export(
                     plan.dims,
                     precision=precision,
                     buckets=plan.manifest.prompt.buckets,
-                    key=plan.keys[stage, precision],
+                    key=plan.key(stage, precision, wide),
+                    wide=wide,
                     progress=advance,
                 )
             files |= written
@@ -229,6 +250,34 @@ def _export(
         nodes = " and ".join(str(graph.nodes) for graph in entry.graphs)
         reporter.result(f"{stage}: {precision}, {done}, {human_bytes(entry.weight_bytes)}, {nodes} nodes")
     return stages, files
+
+
+def _hold_range(
+    staging: Path,
+    config: BuildConfig,
+    loaded: LoadedPolicy,
+    plan: Plan,
+    stage: str,
+    stages: dict[str, Stage],
+    files: dict[str, File],
+    recording: Recording,
+    reporter: Reporter,
+) -> StageRange:
+    """Measure an fp16 stage, and write it anew with what leaves fp16's range in fp32 until nothing does; updates `stages` and `files`.
+
+    Ends because the operations of a graph do: each round keeps more of them in fp32.
+    """
+    wide: frozenset[str] = frozenset()
+    while True:
+        manifest = msgspec.structs.replace(plan.manifest, stages=stages)
+        found = verification.measure_range(staging, manifest, stage, recording, reporter)
+        if not found.beyond:
+            return found
+        wide |= found.beyond
+        _remove_stage(staging, stages[stage])
+        again, written = _export(staging, config, loaded, plan, {stage: "fp16"}, reporter, wide)
+        stages |= again
+        files |= written
 
 
 def _remove_stage(staging: Path, entry: Stage) -> None:

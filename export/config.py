@@ -45,7 +45,8 @@ class BuildConfig:
     Attributes:
         checkpoint: Lightning .ckpt, .pt, or jetvla .safetensors.
         out: bundle directory; by default the checkpoint's name with .bundle, in the current folder.
-        precision: fp32, or fp16 (fp16 weights and GEMMs, fp32 islands); auto is fp16 if engines are built, else fp32.
+        precision: fp32, or fp16 (fp16 weights and GEMMs, fp32 islands, and fp32 for operations whose values leave fp16's range); auto is
+            fp16 if engines are built, else fp32.
         promote: in an fp16 build, give fp32 to stages for which that costs next to nothing (16 MB) if fp16 shows in the actions.
         base: Kosmos-2 directory (config.json, tokenizer.json, weights if the checkpoint lacks them).
         config: RoboVLMs training JSON; by default the one in the checkpoint, else beside it.

@@ -1,4 +1,4 @@
-"""Writes a stage down as an ONNX graph whose weights stream straight into one external file.
+"""Writes a stage down as an ONNX graph; its weights go into an external file (export/weight_file.py).
 
 Opset 17, static shapes, deterministic names, types in the graph (strong typing): what TensorRT 10 and 11 and ONNX Runtime all
 read. Emitting nodes ourselves instead of tracing torch gives exactly these nodes on every torch version, in seconds, and never
@@ -7,37 +7,34 @@ holds a second copy of the weights (docs/decisions/0002-own-graph-emitter.md). K
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import onnx
-import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from bundle.errors import ExportError
 from bundle.manifest import Tensor as TensorSpec
 from export.ops import Make
+from export.weight_file import WeightFile
 
 OPSET = 17
 # IR version 8 is the newest that ONNX Runtime 1.14 reads.
 IR_VERSION = 8
-# Weight offsets are page-aligned so that runtimes can map them without copying.
-_PAGE = 4096
 _ELEMENT = {
     "float32": TensorProto.FLOAT,
     "float16": TensorProto.FLOAT16,
     "int64": TensorProto.INT64,
     "uint8": TensorProto.UINT8,
 }
-_FP16_MAX = 65504.0
+# Key of the graph's metadata that lists the operations of an fp16 graph that are computed in fp32, separated by spaces.
+WIDENED = "jetvla.fp32"
 
 
 @dataclass(frozen=True)
@@ -48,92 +45,22 @@ class Value:
     dtype: str
 
 
-@dataclass(frozen=True)
-class _Stored:
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    length: int
-
-
-class WeightFile:
-    """The external data of a stage, shared by its graphs; hashed while it is written.
-
-    A weight is made, written and dropped; asking for a name again returns where it lies. Use as a context manager.
-    """
-
-    def __init__(self, path: Path, progress: Callable[[int], None] | None = None) -> None:
-        self.path = path
-        self.bytes = 0
-        self._digest = hashlib.sha256()
-        self._progress = progress
-        self._stored: dict[str, _Stored] = {}
-        self._file: BinaryIO | None = None
-
-    def __enter__(self) -> WeightFile:
-        self._file = self.path.open("wb")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    @property
-    def sha256(self) -> str:
-        return self._digest.hexdigest()
-
-    def add(self, name: str, make: Make, dtype: str) -> _Stored:
-        """Store a weight as `dtype` unless it is there.
-
-        Raises:
-            ExportError: a value does not fit fp16.
-        """
-        if name in self._stored:
-            return self._stored[name]
-        array = _to_array(name, make(), dtype)
-        self._write(b"\0" * (-self.bytes % _PAGE))
-        stored = _Stored(str(array.dtype), tuple(array.shape), self.bytes, array.nbytes)
-        self._write(array.reshape(-1).view(np.uint8).data)
-        self._stored[name] = stored
-        if self._progress is not None:
-            self._progress(array.nbytes)
-        return stored
-
-    def _write(self, data: bytes | memoryview) -> None:
-        assert self._file is not None, "used outside its `with` block"
-        self._file.write(data)
-        self._digest.update(data)
-        self.bytes += len(data)
-
-
-def _to_array(name: str, tensor: torch.Tensor, dtype: str) -> NDArray[np.generic]:
-    if dtype == "float16":
-        peak = float(tensor.abs().max()) if tensor.numel() else 0.0
-        if peak > _FP16_MAX:
-            raise ExportError(
-                f"weight {name} does not fit fp16",
-                got=f"|w| up to {peak:.3g}",
-                expected=f"at most {_FP16_MAX:.0f}",
-                hint="build with --precision fp32.",
-            )
-    array: NDArray[np.generic] = tensor.to(getattr(torch, dtype)).contiguous().numpy()
-    return array
-
-
 class OnnxOps:
     """Builds one graph; see `Ops` for what the methods mean.
 
     Args:
         weights: where constants go.
         compute: `float32` or `float16`, the type of GEMMs; islands are always float32.
+        wide: operations, by node name, that are computed in fp32 all the same: their values leave fp16's range. Those whose weights do
+            are found while they are stored. What follows stays fp32 up to the next weights; names are those of the graph without `wide`.
     """
 
-    def __init__(self, weights: WeightFile, compute: str) -> None:
+    def __init__(self, weights: WeightFile, compute: str, wide: Collection[str] = ()) -> None:
         self._weights = weights
         self._compute = compute
+        self._wide = set(wide)
+        self._casts: dict[str, Value] = {}
+        self._unrounded: dict[str, Value] = {}
         self._scope: list[str] = []
         self._counts: dict[str, int] = {}
         self._nodes: list[onnx.NodeProto] = []
@@ -157,6 +84,9 @@ class OnnxOps:
         for output, value, shape in outputs:
             self._rename(value.name, output)
             specs.append(TensorSpec(name=output, dtype=value.dtype, shape=tuple(shape)))
+        # Casts whose readers all take the fp32 value instead.
+        read = {value for node in self._nodes for value in node.input} | {spec.name for spec in specs}
+        self._nodes = [node for node in self._nodes if node.op_type != "Cast" or node.output[0] in read]
         graph = helper.make_graph(
             self._nodes,
             name,
@@ -167,6 +97,8 @@ class OnnxOps:
         model = helper.make_model(
             graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="jetvla"
         )
+        if self._wide:
+            helper.set_model_props(model, {WIDENED: " ".join(sorted(self._wide))})
         path.write_bytes(model.SerializeToString(deterministic=True))
         try:
             onnx.checker.check_model(str(path), full_check=True)
@@ -186,6 +118,12 @@ class OnnxOps:
 
     def weight(self, name: str, make: Make, *, island: bool = False) -> Value:
         full = self._path(name)
+        value = self._store(full, make, island=island or full in self._wide)
+        if not island and value.dtype != self._compute:
+            self._wide.add(full)
+        return value
+
+    def _store(self, full: str, make: Make, *, island: bool) -> Value:
         stored = self._weights.add(full, make, "float32" if island else self._compute)
         if full not in self._initializers:
             proto = TensorProto(name=full, data_type=_ELEMENT[stored.dtype], dims=stored.shape)
@@ -200,10 +138,19 @@ class OnnxOps:
         return Value(full, stored.dtype)
 
     def linear(self, x: Value, name: str, weight: Make, bias: Make | None) -> Value:
-        inputs = [x, self.weight(f"{name}.weight", weight)]
-        if bias is not None:
-            inputs.append(self.weight(f"{name}.bias", bias))
-        return self._node("Gemm", inputs, x.dtype, name=name, transB=1)
+        full = self._path(name)
+        w = self._store(f"{full}.weight", weight, island=full in self._wide)
+        if w.dtype != self._compute:
+            self._wide.add(full)
+        inputs = [self._single(x) if w.dtype == "float32" else self._cast(x, w.dtype), w]
+        b = None if bias is None else self._store(f"{full}.bias", bias, island=full in self._wide)
+        if b is None or b.dtype == w.dtype:
+            return self._node("Gemm", [*inputs, *([] if b is None else [b])], w.dtype, name=name, transB=1)
+        # Only the bias does not fit fp16: it is added behind the product.
+        self._wide.add(b.name)
+        return self._node(
+            "Add", [self._node("Gemm", inputs, w.dtype, name=name, transB=1), b], b.dtype, name=f"{name}.sum"
+        )
 
     def layer_norm(self, x: Value, name: str, gamma: Make, beta: Make, eps: float) -> Value:
         inputs = [
@@ -284,15 +231,34 @@ class OnnxOps:
         return self._node("Gather", [x, index], x.dtype, axis=0)
 
     def _cast(self, x: Value, dtype: str) -> Value:
-        return x if x.dtype == dtype else self._node("Cast", [x], dtype, to=_ELEMENT[dtype])
+        # Named by what is cast, so that a cast more or less renames no other operation.
+        name = f"{x.name.removesuffix(':0')}/{dtype}"
+        if x.dtype == dtype or (dtype == "float16" and name in self._wide):
+            return x
+        if name not in self._casts:
+            self._casts[name] = self._emit("Cast", [x], dtype, name, to=_ELEMENT[dtype])
+            if x.dtype == "float32":
+                self._unrounded[f"{name}:0"] = x
+        return self._casts[name]
+
+    def _single(self, x: Value) -> Value:
+        """A value in fp32: what was cast to fp16, not what came out of the cast."""
+        return self._unrounded.get(x.name) or self._cast(x, "float32")
 
     def _node(
         self, op: str, inputs: Sequence[Value], dtype: str, *, name: str | None = None, **attributes: Any
     ) -> Value:
         full = self._unique(op) if name is None else self._path(name)
-        output = f"{full}:0"
-        self._nodes.append(helper.make_node(op, [value.name for value in inputs], [output], name=full, **attributes))
-        return Value(output, dtype)
+        if self._wide and (full in self._wide or {"float16", "float32"} <= {value.dtype for value in inputs}):
+            inputs = [self._single(value) if value.dtype == "float16" else value for value in inputs]
+            dtype = "float32"
+        return self._emit(op, inputs, dtype, full, **attributes)
+
+    def _emit(self, op: str, inputs: Sequence[Value], dtype: str, name: str, **attributes: Any) -> Value:
+        self._nodes.append(
+            helper.make_node(op, [value.name for value in inputs], [f"{name}:0"], name=name, **attributes)
+        )
+        return Value(f"{name}:0", dtype)
 
     def _scalar(self, value: float, dtype: str) -> Value:
         return self._inline(f"const/{value:.9g}/{dtype}", np.asarray(value, dtype))

@@ -57,8 +57,23 @@ class ColumnParity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mean_error: float
 
 
+class Fp16Range(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The largest |x| that an fp16 stage holds in fp16, and what makes it; measured by export/fp16_range.py.
+
+    `widened` are the operations that are computed in fp32 instead, since they were beyond `limit`, with the largest |x| of each.
+    """
+
+    largest: float
+    limit: float
+    operation: str
+    widened: dict[str, float]
+
+
 class ParityReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """reports/parity.json. `spread` is the reference actions' standard deviation over frames: agreement on a constant proves little."""
+    """reports/parity.json. `spread` is the reference actions' standard deviation over frames: agreement on a constant proves little.
+
+    `fp16` has the stages that a build made in fp16.
+    """
 
     verdict: Verdict
     reasons: tuple[str, ...]
@@ -72,6 +87,7 @@ class ParityReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     action_max_error: float
     spread: float
     columns: tuple[ColumnParity, ...]
+    fp16: dict[str, Fp16Range] = {}
 
     @property
     def comfortable(self) -> bool:

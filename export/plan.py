@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -46,7 +46,7 @@ from train.policy import CLIP_MEAN, CLIP_STD
 
 EMBEDDING_WEIGHT = "backbone.text_model.model.embed_tokens.weight"
 # Sources whose change must rebuild a stage.
-_GRAPH_CODE = ("export/onnx_ops.py", "export/ops.py", "export/stages.py", "export/to_onnx.py", "export/weights.py")
+_GRAPH_CODE = tuple(f"export/{name}.py" for name in ("onnx_ops", "ops", "stages", "to_onnx", "weight_file", "weights"))
 # The dimensions and conventions that each stage's code reads; tests hold this against what it really reads.
 _STAGE_DIMS = {
     "vision": (
@@ -72,7 +72,7 @@ class Plan:
     Attributes:
         manifest: everything but stages, files and parity.
         precision: of the whole; that of a stage may be higher.
-        keys: content key per stage and precision.
+        keys: content key per stage and precision; see `key`.
         sizes: fp32 bytes per stage.
         reusable: stages of the present bundle with a key of this plan, by stage and precision.
         known_files: integrity records of the reusable stages' files, just checked.
@@ -96,6 +96,11 @@ class Plan:
     def size(self, stage: str, precision: FloatPrecision) -> int:
         """Weight bytes of a stage."""
         return self.sizes[stage] // (2 if precision == "fp16" else 1)
+
+    def key(self, stage: str, precision: FloatPrecision, wide: Collection[str] = ()) -> str:
+        """The content key of a stage whose operations `wide` are computed in fp32. Which ones, only measuring tells."""
+        key = self.keys[stage, precision]
+        return hashlib.sha256(" ".join([key, *sorted(wide)]).encode()).hexdigest() if wide else key
 
     def promotable(self, precisions: dict[str, FloatPrecision]) -> str | None:
         """The next fp16 stage, if any, that fp32 would not make larger by more than _FREE_BYTES."""

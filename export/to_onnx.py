@@ -5,13 +5,14 @@ Binds the stages (what is computed) to the emitter (how a graph is written). The
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from bundle.manifest import File, FloatPrecision, Graph, Stage
 from export import stages
-from export.onnx_ops import OnnxOps, WeightFile
+from export.onnx_ops import OnnxOps
 from export.stages import StageDims
+from export.weight_file import WeightFile
 from export.weights import MergedWeights
 from train.base import Base
 from train.policy import KosmosPolicy
@@ -63,21 +64,22 @@ def export_stage(
     precision: FloatPrecision,
     buckets: Sequence[int],
     key: str,
+    wide: Collection[str] = (),
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Stage, dict[str, File]]:
-    """Write a stage's graphs and weights into `folder`.
+    """Write a stage's graphs and weights into `folder`; the operations `wide` in fp32, see OnnxOps.
 
     Returns:
         The stage's manifest entry, and the integrity record of its weight file (graphs are small; the caller hashes them).
 
     Raises:
-        ExportError: a weight does not fit the precision, or the graph is not valid.
+        ExportError: the graph is not valid.
     """
     path = folder / f"{stage}.{precision}.onnx.data"
     graphs = []
     with WeightFile(path, progress) as file:
         for sequence in buckets if stage == "language" else (None,):
-            ops = OnnxOps(file, COMPUTE[precision])
+            ops = OnnxOps(file, COMPUTE[precision], wide)
             name = f"{stage}.{precision}.onnx" if sequence is None else f"{stage}.{precision}.s{sequence}.onnx"
             inputs, outputs, nodes = _emit(stage, ops, weights, dims, sequence, folder / name)
             graphs.append(

@@ -16,11 +16,12 @@ from rich.table import Table
 from bundle.errors import ParityError
 from bundle.manifest import Manifest
 from bundle.recording import Episode, Recording, ReferenceStep
-from export import parity
+from export import fp16_range, parity
 from export.config import BuildConfig
 from export.console import Reporter, plain_table
 from export.plan import Plan
 from export.reference import record_reference as record
+from export.weight_file import FP16_MAX
 from runtime.backends.select import open_backend
 from runtime.golden import Golden
 from runtime.policy import Policy
@@ -30,6 +31,8 @@ from train.checkpoint import LoadedPolicy
 PARITY_REPORT = "reports/parity.json"
 # Frames for buckets beyond the first two prompts: they share all weights, only the length of the row is new.
 _GLANCE = 2
+# Operations that a message names.
+_NAMED = 4
 
 
 def verification_episodes(config: BuildConfig, plan: Plan) -> list[Episode]:
@@ -80,6 +83,23 @@ def compare(
         return parity.compare(policy, episodes, reference, advance)
 
 
+def measure_range(
+    staging: Path, manifest: Manifest, stage: str, recording: Recording, reporter: Reporter
+) -> fp16_range.StageRange:
+    """How large the fp16 values of a stage get; says what must become fp32."""
+    frames = sum(len(fp16_range.frames_of(episode)) for episode in recording.episodes)
+    with reporter.count_bar(f"fp16 range: {stage}", frames) as advance:
+        found = fp16_range.measure(staging, manifest, stage, recording, advance)
+    if found.beyond:
+        worst, *others = sorted(found.beyond, key=lambda name: -found.half[name])
+        more = f" and {len(others)} more around it" if others else ""
+        reporter.result(
+            f"{stage}: {worst} reaches {found.half[worst]:.3g}, more than half of fp16's range ({FP16_MAX:.0f}); "
+            f"this operation{more} must be computed in fp32"
+        )
+    return found
+
+
 def accept(staging: Path, config: BuildConfig, report: parity.ParityReport, reporter: Reporter) -> None:
     """Show the verdict; a FAIL ends the build.
 
@@ -93,6 +113,8 @@ def accept(staging: Path, config: BuildConfig, report: parity.ParityReport, repo
         f"{report.verdict}: {report.frames} frames, feature cosine {report.feature_cosine:.7f}, "
         f"action error {report.action_max_error:.1e}"
     )
+    for stage, found in report.fp16.items():
+        _show_range(stage, found, reporter)
     if report.verdict == "FAIL":
         (staging / PARITY_REPORT).write_bytes(pretty_json(report))
         raise ParityError(
@@ -114,6 +136,16 @@ def release(loaded: LoadedPolicy) -> None:
     loaded.state.clear()
     loaded.raw.state.clear()
     gc.collect()
+
+
+def _show_range(stage: str, found: parity.Fp16Range, reporter: Reporter) -> None:
+    reporter.result(f"{stage}: largest fp16 value {found.largest:.3g} of {FP16_MAX:.0f} ({found.operation})")
+    if found.widened:
+        names = [f"{name} ({peak:.3g})" for name, peak in sorted(found.widened.items(), key=lambda item: -item[1])]
+        more = f", ... {len(names)} operations in all" if len(names) > _NAMED else ""
+        reporter.result(
+            f"{stage}: in fp32, since it makes, reads or holds what fp16 cannot: {', '.join(names[:_NAMED])}{more}"
+        )
 
 
 def _parity_table(report: parity.ParityReport) -> Table:

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from bundle.errors import ExportError
 from bundle.hashing import sha256_file
-from export.onnx_ops import IR_VERSION, OPSET, OnnxOps, WeightFile
+from export.onnx_ops import IR_VERSION, OPSET, OnnxOps
 from export.ops import Ops, TorchOps
+from export.weight_file import WeightFile
 
 # A stage in miniature: the operations under test, on any implementation of the vocabulary.
 Body = Callable[[Ops[Any], list[Any]], Any]
@@ -272,17 +273,13 @@ def test_a_weight_is_made_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("value", "fits"), [(65504.0, True), (-65504.0, True), (65600.0, False), (-1e9, False)])
-def test_a_weight_beyond_fp16_is_refused(tmp_path: Path, value: float, fits: bool) -> None:
+def test_a_weight_beyond_fp16_is_stored_in_fp32(tmp_path: Path, value: float, fits: bool) -> None:
     weight = torch.tensor([0.5, value])
     with WeightFile(tmp_path / "w.data") as file:
-        assert file.add("wide", lambda: weight, "float32").length == 8
-        if fits:
-            file.add("narrow", lambda: weight, "float16")
-            return
-        with pytest.raises(ExportError, match="weight narrow does not fit fp16") as caught:
-            file.add("narrow", lambda: weight, "float16")
-    assert "expected: at most 65504" in str(caught.value)
-    assert "hint: build with --precision fp32." in str(caught.value)
+        record = file.add("w", lambda: weight, "float16")
+    dtype = np.float16 if fits else np.float32
+    assert (record.dtype, record.length) == (np.dtype(dtype).name, 2 * np.dtype(dtype).itemsize)
+    np.testing.assert_array_equal(np.fromfile(tmp_path / "w.data", dtype), weight.numpy())
 
 
 def test_weights_keep_their_order_whatever_their_strides(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ import pytest
 import torch
 from onnx import TensorProto, shape_inference
 
-from bundle.errors import ExportError
 from bundle.hashing import sha256_file
 from bundle.manifest import File, Graph, Precision, Stage
 from export import stages
@@ -430,17 +429,24 @@ def test_a_perturbed_weight_is_seen(exported: ExportedCache, tmp_path: Path) -> 
 # --- what cannot be written -----------------------------------------------------------------------------------------------
 
 
-def test_weights_beyond_fp16_stop_an_fp16_export(tmp_path: Path) -> None:
+def test_a_weight_beyond_fp16_makes_one_product_fp32(exported: ExportedCache, tmp_path: Path) -> None:
+    """In every bucket's graph; the other products stay fp16, and all names are those of the plain graph."""
     tiny = tiny_policy(UPSTREAM)
     name = "backbone.text_model.model.layers.0.ffn.fc2.weight"
     weight = tiny.weights.state[name].clone()
     weight[0, 0] = 1e6
-    wide = tiny.with_state({name: weight})
-    options = {"buckets": BUCKETS, "key": "k"}
-    with pytest.raises(ExportError, match=r"weight layers\.0/fc2\.weight does not fit fp16") as caught:
-        export_stage("language", tmp_path, wide.weights, wide.dims, precision="fp16", **options)  # type: ignore[arg-type]
-    assert "got:      |w| up to 1e+06" in str(caught.value)
-    export_stage("language", tmp_path, wide.weights, wide.dims, precision="fp32", **options)  # type: ignore[arg-type]
+    made = export(tiny.with_state({name: weight}), tmp_path / "wide", "fp16")
+    plain = exported(UPSTREAM, "fp16")
+    for file in (graph.file for graph in made.entries["language"].graphs):
+        types = made.types(file)
+        products = [node for node in made.graphs[file][1].graph.node if node.op_type == "Gemm"]
+        assert [node.name for node in products if types[node.output[0]][0] == "fp32"] == ["layers.0/fc2"]
+        for node in products:
+            assert len({types[tensor][0] for tensor in (*node.input, *node.output)}) == 1
+        names = [{node.name for node in model.graph.node} for model in (made.graphs[file][1], plain.graphs[file][1])]
+        # Neither of the casts around it is left.
+        assert names[1] - names[0] == {"layers.0/fc2/float32", "layers.0/ffn_norm/float16"}
+        assert names[0] <= names[1]
 
 
 def test_buckets_are_multiples_of_eight() -> None:
