@@ -83,6 +83,7 @@ def result_of(
         deadline_ms=ask.deadline_ms,
         backend=policy.backend,
         fallback=fallbacks(backend, policy),
+        remark=policy.remark,
         fingerprint=machine,
         harness_ms=found.harness,
         clock_jumps=jumps,

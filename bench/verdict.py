@@ -24,13 +24,15 @@ def judge(
     harness_ms: float,
     clock_jumps: tuple[float, ...],
     partial: bool,
+    remark: str = "",
 ) -> Verdict:
     """The verdict.
 
     Args:
         fallback: why the backend is not the one that should have run; empty if it is.
+        remark: what a reader should know about how the backend computes, if anything.
     """
-    reasons = [*fallback]
+    reasons = [*fallback, *filter(None, [remark])]
     if partial:
         reasons.append("stopped before its end: too few samples for the tail")
     reasons += [f"{name}: {_shown(fact)}" for part in (fingerprint.machine, fingerprint.before, fingerprint.after)

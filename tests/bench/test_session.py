@@ -198,6 +198,12 @@ def test_a_backend_that_fell_back_is_said(bundle: Path, policy: Policy, monkeypa
     assert fallbacks("ort:cpu", policy) == ()  # asked for
 
 
+def test_how_the_backend_computes_is_said_and_is_no_fault() -> None:
+    found = verdict(remark="INT8 runs the slow way")
+    assert found.outcome == "pass"
+    assert found.reasons == ("INT8 runs the slow way",)
+
+
 FINE = Fingerprint(machine={"cpu": Fact(value="x")}, software={}, before={}, after={})
 
 
