@@ -59,10 +59,10 @@ def test_a_second_build_of_the_same_target_is_refused(bundle: BuildConfig) -> No
     assert left_over(bundle.target.parent) == ["base", "policy.bundle", "policy.ckpt"]
 
 
-# Imports once, then starts for every number on stdin a child that builds two checkpoints in turn over one target, kills
-# it with SIGKILL so many seconds after its first build began, and says that it did.
+# Imports once, then starts for every number on stdin a child that builds two checkpoints in turn over one target, and that
+# kills itself with SIGKILL at that many calls of functions: a moment of the work and not of a clock. 0 builds once, and says the number.
 KILLER = """
-import os, signal, sys, time
+import os, signal, sys
 from pathlib import Path
 
 import torch, transformers, peft, onnx, onnxruntime
@@ -72,20 +72,36 @@ from export.pipeline import BuildConfig, build
 
 torch.set_num_threads(1)
 target, *checkpoints = map(Path, sys.argv[1:])
+
+def build_all(once):
+    while True:
+        for checkpoint in checkpoints:
+            build(BuildConfig(checkpoint=checkpoint, out=target, verify_frames=1, engines=EngineOptions(tensorrt='off'), force=once))
+            if once:
+                return
+
+def count_to(last):
+    def count(*_):
+        nonlocal last
+        last -= 1
+        if last == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return count
+
 for line in sys.stdin:
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        os.write(writing, b".")
-        while True:
-            for checkpoint in checkpoints:
-                build(BuildConfig(checkpoint=checkpoint, out=target, verify_frames=1, engines=EngineOptions(tensorrt='off')))
-    os.read(reading, 1)
-    time.sleep(float(line))
-    os.kill(pid, signal.SIGKILL)
-    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
-    os.close(reading), os.close(writing)
-    print("killed", flush=True)
+    if last := int(line):
+        pid = os.fork()
+        if pid == 0:
+            sys.setprofile(count_to(last))
+            build_all(once=False)
+        assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+        print("killed", flush=True)
+    else:
+        calls = [0]
+        sys.setprofile(lambda *_: calls.__setitem__(0, calls[0] + 1))
+        build_all(once=True)
+        sys.setprofile(None)
+        print(calls[0], flush=True)
 """
 
 
@@ -102,23 +118,28 @@ def test_builds_killed_at_any_moment_leave_the_old_or_the_new_bundle(
         hashes.append(Manifest.load(target).source.checkpoint_sha256)
     assert len(set(hashes)) == 2
 
-    delays = np.random.default_rng(0).uniform(0.02, 1.2, 10).round(3)
     seen, leftovers = [], 0
     command = [sys.executable, "-c", KILLER, *map(str, (target, *checkpoints))]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as killer:
         assert killer.stdin is not None
         assert killer.stdout is not None
-        for delay in delays:
-            killer.stdin.write(f"{delay}\n")
+
+        def answer(number: int) -> str:
+            killer.stdin.write(f"{number}\n")
             killer.stdin.flush()
-            assert killer.stdout.readline() == "killed\n"
+            return killer.stdout.readline()
+
+        one_build = int(answer(0))
+        for part in np.random.default_rng(0).uniform(0.02, 1.9, 10):
+            assert answer(round(part * one_build)) == "killed\n"
             manifest = assert_complete(target)
             assert manifest.source.checkpoint_sha256 in hashes
             seen.append(manifest.source.checkpoint_sha256)
             leftovers += any("building-" in name for name in left_over(tmp_path))
         killer.stdin.close()
-    # The kills came in time: some in the middle of a build, and builds had been replacing each other.
+    # Some of the kills were in the middle of writing, and builds had been replacing each other.
     assert leftovers
+    assert len(set(seen)) == 2
     quietly(BuildConfig(checkpoint=upstream.checkpoint, out=target, verify_frames=1, force=True))
     assert assert_complete(target).source.checkpoint_sha256 == hashes[0]
     assert left_over(tmp_path) == ["policy.bundle"]
