@@ -89,7 +89,7 @@ class OrtBackend:
         self._exact = manifest.precision == "fp32"
         self._unsigned, self.remark = False, ""
         if manifest.precision == "int8":
-            self._find_exact_products()
+            self.find_exact_products()
         self._weights = {graph.file: entry.weights for entry in manifest.stages.values() for graph in entry.graphs}
         if self.name in _ON_DEVICE:
             return OrtDeviceChain(
@@ -97,7 +97,7 @@ class OrtBackend:
             )
         return HostChain(self, folder, manifest)
 
-    def _find_exact_products(self) -> None:
+    def find_exact_products(self) -> None:
         """Take the INT8 products whose sums are right on this CPU.
 
         x86 CPUs without VNNI multiply uint8 by int8 and add pairs of products in 16 bits, which saturates. For them ONNX Runtime can make

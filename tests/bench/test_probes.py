@@ -144,6 +144,16 @@ def test_the_machine_is_known_by_its_cpu_and_versions() -> None:
     assert machine.version[0].isdigit()
 
 
+def test_int8_is_timed_in_the_form_that_is_exact_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    from runtime.backends.ort import OrtBackend
+
+    found: list[str] = []
+    monkeypatch.setattr(OrtBackend, "find_exact_products", lambda backend: found.append(backend.name))
+    probes._Prober(machine_of("ort:cpu", 1))
+    assert found == ["ort:cpu"]
+
+
 def test_without_onnxruntime_numpy_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "_version", lambda package: None)
     machine = machine_of("ort:cuda", 1)

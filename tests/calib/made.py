@@ -132,7 +132,7 @@ def run(
 def signed_products_saturate() -> bool:
     """This CPU has no VNNI, so a session that is not told otherwise computes QGemm wrongly."""
     backend = OrtBackend("ort:cpu", threads=1)
-    backend._find_exact_products()
+    backend.find_exact_products()
     return backend._unsigned
 
 

@@ -26,10 +26,12 @@ from episodes.reader import open_episode
 from episodes.synthetic import write_synthetic
 from episodes.writer import write_episode
 from export.console import Reporter
+from runtime.backends.ort import UNSIGNED
 from runtime.policy import Policy
 from tests.calib.conftest import Built, Own
 from tests.calib.quantizing import BLOCKS, GENEROUS, Enough, accepted, config, enough, quietly, report_of
 from tests.export.builds import contents, left_over
+from tests.int8 import signed_saturate
 from tests.openvino import openvino_runs_int8
 
 # Fewer to search in, for tests that are about something else.
@@ -626,3 +628,13 @@ def test_all_backends_are_measured(own: Own, recorded: Path) -> None:
         policy = Policy.load(bundle, backend, precision="int8", threads=1)
         assert policy.backend == backend
         policy.close()
+
+
+def test_a_variant_is_the_same_on_a_cpu_without_vnni(
+    quantized: tuple[Path, str], recorded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, whichever products this CPU has; tests/runtime/test_ort_int8.py runs one on an emulated CPU without VNNI."""
+    as_it_is = streamed(quantized[0], recorded, precision="int8")
+    signed_saturate(monkeypatch)
+    assert Policy.load(quantized[0], "ort:cpu", precision="int8", threads=1).remark == UNSIGNED
+    assert np.array_equal(streamed(quantized[0], recorded, precision="int8"), as_it_is)

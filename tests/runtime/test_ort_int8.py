@@ -8,20 +8,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bundle.errors import BackendError
 from bundle.manifest import Graph, Tensor
-from runtime.backends import ort
 from runtime.backends.ort import UNSIGNED, OrtBackend
-from runtime.backends.ort_probe import probe_int8
 from runtime.policy import Policy
 from runtime.precision import int8_notes
 from tests.bundles import GO_LEFT, add_int8, make_bundle, random_frames
+from tests.int8 import signed_saturate
 from tests.runtime.onnx_files import GraphWriter
 
 ROWS, INNER, OUT = 5, 96, 24
@@ -105,21 +102,10 @@ def test_what_the_backend_chooses_is_exact(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     write_product(tmp_path)
     backend = OrtBackend("ort:cpu", threads=1)
-    backend._find_exact_products()
+    backend.find_exact_products()
     got = backend.load(tmp_path, GRAPH).run({"x": activations()})["y"]
     assert np.array_equal(got, sums().astype(np.float32))
     assert (backend.remark == UNSIGNED) == backend._unsigned
-
-
-def signed_saturate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This CPU seems to be one without VNNI: whatever is computed with int8 weights is refused."""
-
-    def probe(name: str, open_stage: Any) -> None:
-        if not open_stage.__self__._unsigned:
-            raise BackendError("this CPU's 8-bit products saturate", hint="-")
-        probe_int8(name, open_stage)
-
-    monkeypatch.setattr(ort, "probe_int8", probe)
 
 
 def test_a_cpu_whose_signed_products_saturate_takes_unsigned_ones(
