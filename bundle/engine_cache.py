@@ -49,12 +49,14 @@ Origin = Literal["built", "refitted"]
 class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What the builder was told; part of an engine's key.
 
-    `code` is the hash of the sources that decide how an engine is built.
+    `code` is the hash of the sources that decide how an engine is built; `graph` that of the graph's file, which holds operations and types
+    but no weights: only engines of the same graph can take each other's weights.
     """
 
     optimization_level: int
     refit: bool
     code: str
+    graph: str
 
 
 class EngineRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -244,6 +246,9 @@ def remove(found: Found) -> int:
             found.path.with_suffix(suffix).unlink(missing_ok=True)
         found.path.unlink(missing_ok=True)
     with suppress(OSError):
+        if _OUTDATED.fullmatch(found.path.parent.name):
+            for name in _CACHES:  # of engines that nothing loads
+                (found.path.parent / name).unlink(missing_ok=True)
         found.path.parent.rmdir()  # if it was the last
     return found.bytes
 
@@ -260,10 +265,10 @@ def carry_over(old: Path, new: Path, manifest: Manifest) -> int:
     live = _live(manifest)
     count = 0
     for path in sorted((old / ENGINES).glob("*/*")):
+        if _OUTDATED.fullmatch(path.parent.name):
+            continue
         record = _read(path.with_suffix(".json")) if path.suffix == ".engine" else None
         wanted = record is not None and (record.content in live or record.settings.refit)
-        if record is not None and _OUTDATED.fullmatch(record.fingerprint):
-            continue
         if not wanted and path.name != TIMING_CACHE:
             continue
         for source in (path, *(path.with_suffix(suffix) for suffix in _COMPANIONS)) if wanted else (path,):

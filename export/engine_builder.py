@@ -205,7 +205,7 @@ def _build_one(
 
 
 def _refit_source(bundle: Path, manifest: Manifest, task: EngineTask) -> EngineRecord | None:
-    """The newest refittable engine of the same place and machine, of any weights, but not one of the bundle's INT8 stages."""
+    """The newest refittable engine of the same place, machine and graph, of any weights, but not one of the bundle's INT8 stages."""
     view = manifest if manifest.quantized is None else manifest.int8()
     int8 = {
         engine_cache.content_key(view, stage, graph)

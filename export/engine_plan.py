@@ -128,9 +128,7 @@ def make_tasks(bundle: Path, manifest: Manifest, options: EngineOptions, machine
     Args:
         manifest: the bundle's, or its INT8 view.
     """
-    settings = EngineSettings(
-        optimization_level=options.optimization_level, refit=options.refit, code=code_sha256(_BUILD_CODE)
-    )
+    code = code_sha256(_BUILD_CODE)
     unknown = sorted(set(options.bucket) - set(manifest.prompt.buckets))
     if unknown:
         raise ConfigError(
@@ -146,6 +144,12 @@ def make_tasks(bundle: Path, manifest: Manifest, options: EngineOptions, machine
             if options.bucket and graph.sequence is not None and graph.sequence not in options.bucket:
                 continue
             content = engine_cache.content_key(manifest, stage, graph)
+            settings = EngineSettings(
+                optimization_level=options.optimization_level,
+                refit=options.refit,
+                code=code,
+                graph=manifest.files[graph.file].sha256,
+            )
             key = engine_cache.engine_key(content, fingerprint, settings)
             cached = engine_cache.find(bundle, fingerprint, key, stage, graph.sequence)
             tasks.append(EngineTask(stage, graph, content, key, fingerprint, target, settings, cached))

@@ -2,7 +2,8 @@
 
 fp16 ends at 65504. ONNX Runtime's CPU provider computes fp16 graphs in fp32 between casts and drops pairs of casts, so a product beyond
 that is right there and infinite on a GPU. So each graph runs once more on verification frames, all of it in fp32, and tells the largest
-|x| of every tensor that the bundle holds in fp16, before anything is rounded. GPUs sum in fp32: of a product, only the result counts.
+|x| of every tensor that the bundle holds in fp16, before anything is rounded. A NaN is not looked for, since parity sees it. Partial sums
+of products are not measured: that they are kept in fp32 is assumed, and proved where engines run.
 
 Weights are read from the bundle's file and widened one at a time, since an fp32 copy of the decoder would be the peak of the build.
 Knows nothing about how an operation is kept in fp32 (export/onnx_ops.py) and when (export/builder.py).
@@ -77,7 +78,6 @@ def measure(
         beyond |= graph.beyond(peaks)
         for found, tensors in ((half, graph.half), (widened, graph.widened)):
             for tensor, operation in tensors.items():
-                # numpy's maximum keeps a NaN.
                 found[operation] = float(np.maximum(found.get(operation, 0.0), peaks[tensor]))
     return StageRange(half, frozenset(beyond), widened)
 
@@ -155,7 +155,7 @@ class TappedGraph:
 
     def beyond(self, peaks: Mapping[str, float]) -> set[str]:
         """The operations with an fp16 result that read or make a tensor beyond LIMIT. Moving keeps the type that a tensor has."""
-        over = {name for name in self.half if not peaks[name] <= LIMIT}  # a NaN is over
+        over = {name for name in self.half if peaks[name] > LIMIT}
         found = set()
         for node in self._nodes:
             reads = any(name in over for name in node.input)

@@ -233,8 +233,10 @@ class OnnxOps:
     def _cast(self, x: Value, dtype: str) -> Value:
         # Named by what is cast, so that a cast more or less renames no other operation.
         name = f"{x.name.removesuffix(':0')}/{dtype}"
-        if x.dtype == dtype or (dtype == "float16" and name in self._wide):
+        if x.dtype == dtype:
             return x
+        if dtype == "float16" and name in self._wide:
+            return self._cast(x, "float32")
         if name not in self._casts:
             self._casts[name] = self._emit("Cast", [x], dtype, name, to=_ELEMENT[dtype])
             if x.dtype == "float32":

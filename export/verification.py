@@ -19,6 +19,7 @@ from bundle.recording import Episode, Recording, ReferenceStep
 from export import fp16_range, parity
 from export.config import BuildConfig
 from export.console import Reporter, plain_table
+from export.fp16_range import LIMIT
 from export.plan import Plan
 from export.reference import record_reference as record
 from export.weight_file import FP16_MAX
@@ -94,7 +95,7 @@ def measure_range(
         worst, *others = sorted(found.beyond, key=lambda name: -found.half[name])
         more = f" and {len(others)} more around it" if others else ""
         reporter.result(
-            f"{stage}: {worst} reaches {found.half[worst]:.3g}, more than half of fp16's range ({FP16_MAX:.0f}); "
+            f"{stage}: {worst} reaches {found.half[worst]:.3g}, more than {LIMIT:.0f}, half of fp16's range; "
             f"this operation{more} must be computed in fp32"
         )
     return found

@@ -16,7 +16,7 @@ from runtime.backends.trt import TrtBackend
 from runtime.gpu import Device
 from runtime.tensorrt_flavour import TensorRT
 
-SETTINGS = EngineSettings(optimization_level=3, refit=False, code="test")
+SETTINGS = EngineSettings(optimization_level=3, refit=False, code="test", graph="g")
 
 
 def go_on(*_: object) -> bool:

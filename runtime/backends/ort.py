@@ -113,7 +113,11 @@ class OrtBackend:
             if self.name != "ort:cpu":
                 raise
             self._unsigned = True
-            probe_int8(self.name, self._stage)
+            try:
+                probe_int8(self.name, self._stage)
+            except BackendError:
+                self._unsigned = False
+                raise
             self.remark = UNSIGNED
 
     def load(self, folder: Path, graph: Graph) -> OrtStage:

@@ -255,11 +255,10 @@ class DeviceChain:
         cuda.synchronize(self._stream)
         for stage in self._own.stages.values():
             stage.keep_compiled()
-        contexts = [stage.context for stage in self._own.stages.values()]
-        if not cuda.has_graphs or not all(self._tensorrt.capturable(item, self._stream_pointer) for item in contexts):
+        if not cuda.has_graphs or not self._capturable():
             log.warning("%s cannot be captured in a CUDA graph here; the stages are launched one by one", self._folder)
             return
-        reason: BackendError | None = None
+        reason = ""
         for timed in (True, False):  # a driver may refuse to record events inside a capture
             try:
                 cuda.begin_capture(self._stream)
@@ -272,7 +271,7 @@ class DeviceChain:
             except BackendError as error:  # TensorRT refuses, too: what it cannot capture it may still run
                 if isinstance(error, DeviceError) and error.sticky:
                     raise
-                reason = error
+                reason = str(error)  # the error itself would keep this frame, and so the engines, alive
             else:
                 self._timed = timed
                 return
@@ -280,6 +279,11 @@ class DeviceChain:
             "the CUDA graph of %s could not be captured (%s); the stages are launched one by one", self._folder, reason
         )
         self._timed = True
+
+    def _capturable(self) -> bool:
+        return all(
+            self._tensorrt.capturable(stage.context, self._stream_pointer) for stage in self._own.stages.values()
+        )
 
     # --- one tick on the stream -----------------------------------------------------------------------------------------------
 

@@ -51,7 +51,11 @@ class LoadedEngine:
         self.enqueue: Callable[[int], bool] = lambda stream: False
         if size := tensorrt.scratch_bytes(self.engine):
             self._scratch = cuda.allocate(size)
-            self.context.set_device_memory(self._scratch, size)
+            try:
+                self.context.set_device_memory(self._scratch, size)
+            except BaseException:
+                self.close()
+                raise
 
     def keep_compiled(self) -> None:
         """Write down what TensorRT-RTX compiled for this GPU, so that the next start need not; a read-only bundle is no reason to fail."""

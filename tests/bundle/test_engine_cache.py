@@ -21,7 +21,7 @@ from bundle.hashing import sha256_file
 from bundle.manifest import Manifest
 from tests.bundles import Tiny, add_int8, edit_manifest, make_bundle
 
-SETTINGS = EngineSettings(optimization_level=3, refit=False, code="c")
+SETTINGS = EngineSettings(optimization_level=3, refit=False, code="c", graph="g")
 MACHINE = "orin-sm87x8-trt10.3.0-cuda12"
 
 Add = Callable[..., EngineRecord]
@@ -107,7 +107,7 @@ def test_content_is_everything_that_an_engine_is_made_of(bundle: Path) -> None:
 )
 def test_keys_are_equal_exactly_if_everything_is(a: Any, b: Any) -> None:
     def key(content: str, machine: str, level: int, refit: bool, code: str) -> str:
-        return engine_key(content, machine, EngineSettings(optimization_level=level, refit=refit, code=code))
+        return engine_key(content, machine, EngineSettings(optimization_level=level, refit=refit, code=code, graph="g"))
 
     assert (key(*a) == key(*b)) == (a == b)
 
@@ -132,9 +132,12 @@ def test_found_by_key_and_by_content(bundle: Path, add: Add) -> None:
 
 def test_the_newest_settings_win(bundle: Path, add: Add) -> None:
     add(built_at="2026-01-03T00:00:00+00:00")
-    later = EngineSettings(optimization_level=5, refit=False, code="c")
+    later = EngineSettings(optimization_level=5, refit=False, code="c", graph="g")
     record = add(settings=later, built_at="2026-01-04T00:00:00+00:00")
-    add(settings=EngineSettings(optimization_level=1, refit=False, code="c"), built_at="2026-01-02T00:00:00+00:00")
+    add(
+        settings=EngineSettings(optimization_level=1, refit=False, code="c", graph="g"),
+        built_at="2026-01-02T00:00:00+00:00",
+    )
     assert newest(bundle, Manifest.load(bundle), MACHINE)["vision", None] == record
     assert states(bundle) == ["current"] * 3
 
@@ -147,14 +150,16 @@ def test_other_content_is_stale(bundle: Path, add: Add) -> None:
 
 def test_engines_from_before_orins_were_told_apart_can_go(bundle: Path, add: Add, tmp_path: Path) -> None:
     record = add(fingerprint="orin-sm87-trt10.3.0-cuda12")
+    (bundle / record.file).with_name(engine_cache.TIMING_CACHE).write_bytes(b"times")
     kept = add("action_head")
     (found,) = (found for found in survey(bundle, Manifest.load(bundle)) if found.record == record)
     assert (found.state, "multiprocessors" in found.reason) == ("stale", True)
     new = make_bundle(tmp_path / "new.bundle", Tiny())
     assert engine_cache.carry_over(bundle, new, Manifest.load(new)) == 1
-    assert not (new / record.file).exists()
+    assert not (new / record.file).parent.exists()
     engine_cache.remove(found)
     assert states(bundle) == ["current"]
+    assert not (bundle / record.file).parent.exists()  # its timing cache went along
     assert (bundle / kept.file).exists()
 
 
@@ -379,7 +384,7 @@ def test_removing_keeps_a_folder_in_which_something_is(bundle: Path, add: Add) -
 
 
 def test_what_a_new_bundle_takes_along(bundle: Path, add: Add, tmp_path: Path) -> None:
-    refittable = EngineSettings(optimization_level=3, refit=True, code="c")
+    refittable = EngineSettings(optimization_level=3, refit=True, code="c", graph="g")
     kept = add(data=b"same weights")
     old = add("action_head", content="0" * 64, data=b"old weights")
     refit = add("action_head", content="1" * 64, data=b"old weights to refit", settings=refittable)

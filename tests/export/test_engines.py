@@ -550,6 +550,26 @@ def test_a_refit_that_is_refused_is_said(bundle: Path, robot: Robot, monkeypatch
 
 
 @pytest.mark.fake_gpu
+@pytest.mark.parametrize("changed", [False, True])
+def test_only_engines_of_the_same_graph_take_weights(bundle: Path, robot: Robot, changed: bool) -> None:
+    """Types may differ where names and shapes do not, as where fp16 leaves its range; TensorRT would not notice."""
+    options = EngineOptions(refit=True)
+    engines(bundle, options, build=robot.build)
+    if changed:
+        for path in (bundle / "engines").glob("*/*.json"):
+            record = json.loads(path.read_text())
+            if "settings" not in record:
+                continue  # the proof
+            record["settings"]["graph"] = "0" * 64
+            settings = msgspec.convert(record["settings"], engine_cache.EngineSettings)
+            record["key"] = engine_cache.engine_key(record["content"], record["fingerprint"], settings)
+            path.write_text(json.dumps(record))
+    outcome = engines(bundle, options, build=robot.build, force=True)
+    assert labels(outcome.refitted) == (set() if changed else LABELS)
+    assert labels(outcome.built) == (LABELS if changed else set())
+
+
+@pytest.mark.fake_gpu
 def test_engines_of_other_machines_are_left_alone(bundle: Path, robot: Robot) -> None:
     theirs = bundle / "engines" / "sm120-rtx1.7.1" / "vision.0123456789abcdef.engine"
     ours = bundle / "engines" / robot.fingerprint / "vision.0123456789abcdef.engine"

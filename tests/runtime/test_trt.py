@@ -19,9 +19,10 @@ from runtime import golden, tensorrt_flavour
 from runtime.backends.fake_gpu import DESKTOP, ORIN, FakeCuda
 from runtime.backends.fake_tensorrt import VERSIONS
 from runtime.backends.trt import TrtBackend
+from runtime.cuda_errors import cuda_error
 from runtime.gpu import Device
 from runtime.policy import Policy
-from tests.bundles import GO_LEFT, GO_RIGHT, LONG_IDS, WINDOW, Tiny, edit_manifest, make_bundle
+from tests.bundles import GO_LEFT, GO_RIGHT, LEFT_IDS, LONG_IDS, WINDOW, Tiny, edit_manifest, make_bundle
 from tests.engines import add_engines, fake_backend, fake_tensorrt
 
 pytest.importorskip("onnxruntime")  # it computes what the fake engines compute
@@ -168,6 +169,27 @@ def test_a_driver_that_cannot_capture_at_all(folder: Path, caplog: pytest.LogCap
     np.testing.assert_array_equal(actions(policy, FRAMES), actions(on_host(folder), FRAMES))
     assert "launch" not in gpu.calls
     assert "could not be captured" in caplog.text
+
+
+@pytest.mark.parametrize("version", ["10.3.0", "rtx-1.7.1"])
+def test_an_engine_that_is_exchanged_goes_at_once_where_nothing_can_be_captured(folder: Path, version: str) -> None:
+    """And not when Python collects circles: until then the decoder's weights would be there twice."""
+    policy, gpu = on_device(folder, DESKTOP, version)
+
+    def refuse(stream: Any) -> Any:
+        raise cuda_error("capturing", 801, "CUDA_ERROR_NOT_SUPPORTED", "operation not supported")
+
+    gpu.begin_capture = refuse  # type: ignore[method-assign]
+    gc.collect()
+    gc.disable()
+    try:
+        for ids in (LEFT_IDS, LONG_IDS, LEFT_IDS):
+            policy.reset(token_ids=ids)
+            assert gpu.calls.count("engine made") - gpu.calls.count("engine destroyed") == 3
+        policy.close()
+        assert gpu.calls.count("context made") == gpu.calls.count("context destroyed")
+    finally:
+        gc.enable()
 
 
 def test_from_another_thread(folder: Path) -> None:
@@ -482,6 +504,26 @@ def test_too_little_memory_for_scratch(folder: Path) -> None:
     gc.collect()
     assert set(gpu.live.values()) == {0}
     assert gpu.calls.count("context made") == gpu.calls.count("context destroyed")
+
+
+def test_scratch_that_is_refused_is_given_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeCuda(DESKTOP)
+    tensorrt = fake_tensorrt("rtx-1.7.1", gpu)
+    add_engines(folder, tensorrt, DESKTOP)
+    real = tensorrt.context
+
+    def stubborn(engine: Any, cache: bytes) -> Any:
+        def refuse(*_: object) -> None:
+            raise RuntimeError("no")
+
+        context, compiled = real(engine, cache)
+        context.set_device_memory = refuse
+        return context, compiled
+
+    monkeypatch.setattr(tensorrt, "context", stubborn)
+    with pytest.raises(RuntimeError, match="no"):
+        Policy(folder, Manifest.load(folder), TrtBackend(cuda=gpu, tensorrt=tensorrt))
+    assert gpu.live["device"] == 0
 
 
 def test_engines_without_own_allocation_still_run(folder: Path) -> None:
