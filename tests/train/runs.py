@@ -8,8 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
 from episodes.synthetic import write_synthetic
 from train.synthetic import SyntheticFiles
+
+
+def needs_bf16_lstm() -> None:
+    """Skip where oneDNN is told to use fewer instructions than torch sees (ONEDNN_MAX_CPU_ISA): it then has no LSTM in bf16. The same
+    tests run in fp32. Without that variable torch itself goes another way on such CPUs.
+    """
+    try:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            torch.nn.LSTM(4, 4, batch_first=True)(torch.zeros(1, 2, 4))
+    except RuntimeError as error:
+        pytest.skip(f"no bf16 LSTM here: {error}")
+
 
 EPISODES = 8
 LENGTH = 12

@@ -23,7 +23,7 @@ import train.optimization
 from bundle.errors import CheckpointError, ConfigError, EpisodeError, StorageError, TrainingError
 from episodes.synthetic import write_synthetic
 from tests.checkpoints import file_size_limit
-from tests.train.runs import RunFiles
+from tests.train.runs import RunFiles, needs_bf16_lstm
 from train.checkpoint import load
 from train.fast_forward import TrainingForward
 from train.launch import Launch, launch
@@ -98,6 +98,8 @@ def test_a_dry_run_writes_no_run(run: Callable[..., Launch], folder: Path) -> No
     ids=lambda settings: " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items()),
 )
 def test_every_kind_of_run_learns(run: Callable[..., Launch], folder: Path, settings: dict[str, Any]) -> None:
+    if settings.get("loop.precision") == "bf16":
+        needs_bf16_lstm()
     run({"loop.epochs": 3, **settings})
     losses = [epoch.value("val_loss") for epoch in read_run(folder).epochs]
     assert losses[0] is not None

@@ -19,7 +19,7 @@ import train.large_files
 import train.ledger
 import train.trainer
 from bundle.errors import CheckpointError
-from tests.train.runs import RunFiles
+from tests.train.runs import RunFiles, needs_bf16_lstm
 from train.launch import Launch, launch
 from train.ledger import Ledger, read_run, verify_checkpoints
 from train.run_log import read_steps
@@ -211,6 +211,8 @@ def test_leftovers_of_killed_writers_go(run: Callable[..., Launch], folder: Path
 def test_before_the_first_step_features_have_not_drifted(
     run: Callable[..., Launch], folder: Path, precision: str
 ) -> None:
+    if precision == "bf16":
+        needs_bf16_lstm()
     run({"loop.precision": precision, "loop.max_steps": 1})
     first, last = read_run(folder).epochs
     assert first.value("feature_drift") == pytest.approx(0.0, abs=1e-7)
@@ -218,6 +220,7 @@ def test_before_the_first_step_features_have_not_drifted(
 
 
 def test_what_trains_is_fp32_under_bf16(run: Callable[..., Launch], folder: Path) -> None:
+    needs_bf16_lstm()
     run({"loop.precision": "bf16"})
     _, records = load_state(folder / STATE_NAME)
     assert {tensor.dtype for tensor in records["trained"].values()} == {torch.float32}
