@@ -293,7 +293,13 @@ def _judge(bundle: Path, path: Path, live: set[str]) -> Found:
     size = path.stat().st_size
     record = _read(path.with_suffix(".json"))
     if record is None:
-        return Found(path, size, None, "broken", "no record: a build was interrupted, or jetvla did not make it")
+        return Found(
+            path,
+            size,
+            None,
+            "broken",
+            "no record: a build was interrupted, or jetvla did not make it, or an older one did",
+        )
     if bundle / record.file != path:
         return Found(path, size, record, "broken", "its record is of another engine")
     if record.bytes != size:

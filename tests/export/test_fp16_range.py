@@ -155,7 +155,7 @@ def test_peaks_are_those_of_every_fp16_tensor_over_all_inputs(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("peak", "beyond"), [(LIMIT, False), (math.nextafter(LIMIT, math.inf), True), (math.inf, True)]
+    ("peak", "beyond"), [(LIMIT, False), (math.nextafter(LIMIT, math.inf), True), (math.inf, True), (math.nan, True)]
 )
 def test_the_limit_is_half_of_the_range(tmp_path: Path, peak: float, beyond: bool) -> None:
     assert LIMIT == 32752

@@ -527,7 +527,7 @@ def test_scratch_that_is_refused_is_given_back(folder: Path, monkeypatch: pytest
 
 
 def test_engines_without_own_allocation_still_run(folder: Path) -> None:
-    """Those that an older jetvla built: the runtime takes engines whatever their settings."""
+    """The runtime asks the engine what it needs, whatever it was built with."""
     backend, _ = fake_backend(folder, DESKTOP, "rtx-1.7.1")
     for path in (folder / engine_cache.ENGINES).glob("*/*.engine"):
         path.write_bytes(path.read_bytes().replace(b'"user_allocation": true', b'"user_allocation": null'))
