@@ -52,12 +52,25 @@ class SourceConfig(_Strict, frozen=True):
         kind: what they are; the run records how many frames of each kind it saw.
         schema: of HDF5 files, where it is recognised wrongly.
         instruction: what the robot was told, for files that do not say.
+        exclude: files whose name holds one of these are left out.
+        families: only files of these; a family is what stands between `_target_` and `_path` in a name.
+        least_frames: shorter episodes are left out.
+        curved: leave out episodes that drive straight ahead all the way.
+        path_shares: share of the training episodes by the first of straight, left, right that a name holds, else other. What has no
+            share is left out; too few are repeated.
+        family_shares: the same by family.
     """
 
     files: tuple[str, ...]
     kind: Kind = "real"
     schema: Literal["v1", "v5", "v6"] | None = None
     instruction: str | None = None
+    exclude: tuple[str, ...] = ()
+    families: tuple[str, ...] = ()
+    least_frames: NotNegative = 0
+    curved: bool = False
+    path_shares: dict[str, Share] = {}
+    family_shares: dict[str, Share] = {}
 
 
 class DataConfig(_Strict, frozen=True):
@@ -182,11 +195,19 @@ class LossConfig(_Strict, frozen=True):
         huber_delta: where Huber turns linear, in normalised units.
         gripper_ratio: weight of the gripper's BCE beside the arm's Huber.
         class_weights: `balanced` weights classes by the inverse of their share in the training set; or one weight per class.
+        label_smoothing: share of a class label that is spread over all classes.
+        non_forward: weight of actions that do not drive straight ahead (more than half speed, less than a fifth sideways), for velocities.
+        class_prior: share of each class that predictions should have on average; see prior_weight.
+        prior_weight: weight of the divergence of a batch's mean prediction from class_prior; 0 turns it off.
     """
 
     huber_delta: AboveZero = 1.0
     gripper_ratio: AtLeastZero = 0.01
     class_weights: Literal["none", "balanced"] | tuple[AtLeastZero, ...] = "balanced"
+    label_smoothing: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
+    non_forward: AboveZero = 1.0
+    class_prior: tuple[AtLeastZero, ...] = ()
+    prior_weight: AtLeastZero = 0.0
 
 
 class OptimizerConfig(_Strict, frozen=True):
