@@ -150,6 +150,8 @@ def _contradictions(config: RunConfig) -> Iterator[Problem]:
     yield from _data_problems(config)
     yield from _model_problems(config)
     yield from _loss_problems(config)
+    if config.augment.stop > 0 and not all(text.strip() for text in config.augment.stop_words or [""]):
+        yield "augment.stop_words", list(config.augment.stop_words), "at least one sentence, none of them empty"
 
 
 def _data_problems(config: RunConfig) -> Iterator[Problem]:

@@ -65,8 +65,14 @@ def augment_settings(lab: LabConfig) -> dict[str, Any]:
         augment |= {"brightness": 0.4, "contrast": 0.4, "saturation": 0.3, "hue": 0.1}
     if asked("use_random_crop"):
         augment["crop"] = _CROP
+    stops = [lab.get(f"{path}.counterfactual_stop_prob", 0.0) for path in lab.datasets("train_dataset")]
     if len(augment.keys() - {"mirror"}) > 0:
         lab.assume("colours and crop are drawn once for an episode in an epoch, not for each frame")
+    if max(stops, default=0.0) > 0:
+        augment["stop"] = max(stops)
+        lab.assume(
+            "counterfactual_stop_prob: the sentences that stop the robot are augment.stop_words; the loader has its own"
+        )
     return augment
 
 

@@ -116,6 +116,9 @@ class AugmentConfig(_Strict, frozen=True):
         blur: largest radius of a Gaussian blur, in pixels of the resized frame.
         crop: largest share of width and height that is cut off (then resized back).
         share: share of views that are changed at all by colour, blur and crop.
+        stop: share of windows that are told one of stop_words instead of what was recorded, and whose actions are then zeros: words
+            that are obeyed must be heard.
+        stop_words: what such windows are told.
     """
 
     mirror: Share = 0.0
@@ -126,6 +129,8 @@ class AugmentConfig(_Strict, frozen=True):
     blur: AtLeastZero = 0.0
     crop: Annotated[float, Meta(ge=0.0, le=0.5)] = 0.0
     share: Share = 1.0
+    stop: Share = 0.0
+    stop_words: tuple[str, ...] = ("Stop", "Stop moving", "Stay where you are", "Do not move", "정지", "멈춰")
 
     @property
     def changes_pixels(self) -> bool:

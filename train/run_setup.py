@@ -168,7 +168,8 @@ def gather(loaded: LoadedConfig, bar: Bar = no_bar) -> Gathered:
             expected="shares of groups that there are",
             hint="path_shares are of straight, left, right and other; family_shares of what stands between _target_ and _path.",
         )
-    texts = instructions_of(episodes)
+    augment = config.augment
+    texts = (*instructions_of(episodes), *(augment.stop_words if augment.stop > 0 else ()))
     template = config.data.prompt_template
     return Gathered(
         config=config,

@@ -107,6 +107,12 @@ def test_early_stopping_stops_after_three_validations() -> None:
     assert any("trainer.patience has no effect" in text for text in notes.assumed)
 
 
+def test_a_share_of_windows_is_told_to_stop() -> None:
+    config, notes = read(fork_config(train_dataset__counterfactual_stop_prob=0.2))
+    assert config.augment.stop == 0.2
+    assert any("stop_words" in text for text in notes.assumed)
+
+
 def test_filters_and_shares_of_a_dataset() -> None:
     config, _ = read(
         fork_config(
