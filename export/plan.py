@@ -19,7 +19,7 @@ import numpy as np
 from rich.table import Table
 
 from bundle.errors import BundleError, ConfigError, StorageError
-from bundle.hashing import sha256_file
+from bundle.hashing import content_bytes, sha256_content, sha256_file
 from bundle.manifest import (
     SCHEMA,
     Dimensions,
@@ -138,12 +138,12 @@ def make_plan(config: BuildConfig, loaded: LoadedPolicy, advance: Callable[[int]
         source=Source(
             checkpoint=config.checkpoint.name,
             checkpoint_format=loaded.raw.kind,
-            checkpoint_sha256=sha256_file(config.checkpoint, advance),
-            checkpoint_bytes=config.checkpoint.stat().st_size,
+            checkpoint_sha256=sha256_content(config.checkpoint, advance),
+            checkpoint_bytes=content_bytes(config.checkpoint),
             weights_sha256=hashlib.sha256(repr(sorted(hashes.items())).encode()).hexdigest(),
             base_sha256=loaded.base_sha256 or loaded.raw.recorded.get("base_sha256"),
             base_tensors=len(loaded.from_base),
-            lora_modules=len(policy.adapted),
+            lora_modules=len(loaded.adapted),
             ignored_keys=loaded.ignored,
         ),
         dimensions=Dimensions(
