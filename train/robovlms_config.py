@@ -15,6 +15,7 @@ from typing import Any
 from bundle.errors import ConfigError, UnsupportedPolicyError
 from train.config import PolicySpec, policy_spec
 from train.robovlms_data import augment_settings, data_settings, is_h5
+from train.robovlms_heads import class_settings, prompt_settings
 from train.robovlms_keys import LabConfig, Notes
 
 __all__ = ["Notes", "from_robovlms", "is_robovlms"]
@@ -25,7 +26,6 @@ _PRECISIONS = {
     **dict.fromkeys(("16", "16-mixed", "16-true", "fp16"), "fp16"),
     **dict.fromkeys(("bf16", "bf16-mixed", "bf16-true"), "bf16"),
 }
-_CLASSES = 9
 _IMAGE_SIZE = 224
 
 
@@ -48,11 +48,12 @@ def from_robovlms(values: Mapping[str, Any], *, origin: str) -> tuple[dict[str, 
     lab = LabConfig(values, origin)
     spec = _policy(values, lab, origin)
     head = spec.head.kind
+    words, classes = prompt_settings(lab, values), class_settings(lab, spec, values)
     settings = {
         "name": _name(lab),
         "base": _base(lab),
-        "data": data_settings(lab, spec),
-        "model": _model(lab, spec),
+        "data": data_settings(lab, spec, words, classes),
+        "model": _model(lab, spec) | classes.settings,
         "augment": augment_settings(lab),
         "loss": {"gripper_ratio": lab.get("arm_gripper_loss_ratio", 0.01)} if head == "actions_gripper" else {},
         "optimizer": _optimizer(lab),
@@ -94,9 +95,6 @@ def _read_by_policy_spec() -> tuple[str, ...]:
 
 def _refuse(lab: LabConfig, spec: PolicySpec, origin: str) -> None:
     """What the exporter builds, or need not know, and training does not do."""
-    classes = spec.head.outputs if spec.head.kind == "classes" else _CLASSES
-    if spec.head.kind == "classes":
-        lab.get("act_head.num_classes")
     latent_pooled = lab.get("act_head.down_sample") == "pooling" and spec.head.latent > 1
     refused = {
         "use_hand_rgb": (lab.get("use_hand_rgb", False), "one camera"),
@@ -104,7 +102,6 @@ def _refuse(lab: LabConfig, spec: PolicySpec, origin: str) -> None:
         "use_vision_resampler": (lab.get("use_vision_resampler", False), "Kosmos-2's own resampler"),
         "use_clip_norm": (lab.get("use_clip_norm", False), "no such loss"),
         "image_size": (lab.get("image_size", _IMAGE_SIZE) != _IMAGE_SIZE, f"{_IMAGE_SIZE}, Kosmos-2's"),
-        "act_head.num_classes": (classes != _CLASSES, f"{_CLASSES}"),
         "act_head.down_sample": (latent_pooled, "none, where act_head.latent is more than 1"),
         "act_head.policy_rnn_dropout_p": (lab.get("act_head.policy_rnn_dropout_p", 0) > 0, "0"),
         "train_setup.predict_action": (not lab.get("train_setup.predict_action", True), "true"),

@@ -52,17 +52,19 @@ _MEANT: dict[str, str] = {
     **_keys(_WHOLE, "max_epochs max_steps accumulate_grad_batches", section="trainer."),
     **_keys(_NUMBER, "gradient_clip_val", section="trainer."),
     **_keys(_TEXT_OR_WHOLE, "precision", section="trainer."),
-    **_keys(_TEXT, "packing resize pixel_norm base_sha256", section="jetvla."),
+    **_keys(_TEXT, "packing resize pixel_norm base_sha256 prompt_template", section="jetvla."),
+    **_keys(_WHOLE, "pad_prompt_to", section="jetvla."),
     **_keys(_NUMBER, "action_minimum action_maximum fps", section="jetvla."),
     **_keys(_FLAG, "x_attn_causal", section="jetvla."),
-    **_keys(_TEXTS, "action_names", section="jetvla."),
+    **_keys(_TEXTS, "action_names classes", section="jetvla."),
 }
 
 # Of each object in train_dataset and val_dataset.
 _DATASET: dict[str, str] = {
     **_keys(_TEXT, "type data_dir episode_pattern instruction_preset episode_filter_keyword"),
-    **_keys(_FLAG, "augment abs_action use_color_jitter use_random_crop is_validation"),
-    **_keys(_WHOLE, "window_size fwd_pred_next_n min_episode_frames"),
+    **_keys(_FLAG, "augment abs_action use_color_jitter use_random_crop is_validation grounding_prefix"),
+    **_keys(_SECTION, "instruction_override"),
+    **_keys(_WHOLE, "window_size fwd_pred_next_n min_episode_frames num_classes"),
     **_keys(_NUMBER, "train_split history_dropout_prob"),
 }
 
@@ -132,7 +134,7 @@ class LabConfig:
 
     def __init__(self, values: Mapping[str, Any], origin: str) -> None:
         self._values = values
-        self._origin = origin
+        self.origin = origin
         self._leaves = dict(_leaves(values, ""))
         self._read: set[str] = {"parent"}  # followed when the file was read
         self._assumed: list[str] = []
@@ -167,7 +169,7 @@ class LabConfig:
         value = self._leaves.get(path)
         misspelt = [key for key, near in self._unknown() if near == path]
         return ConfigError(
-            f"{self._origin}: `{path}` is not usable",
+            f"{self.origin}: `{path}` is not usable",
             got="nothing" if value is None else repr(value),
             expected=expected,
             hint=f"did you mean {path} by `{misspelt[0]}`?" if misspelt else "correct the value.",
