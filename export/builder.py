@@ -23,6 +23,7 @@ from bundle.manifest import File, FloatPrecision, Manifest, Stage
 from bundle.recording import Recording
 from bundle.strangers import keep_strangers
 from export import verification
+from export.action_spec import action_spec
 from export.config import BUILD_REPORT, BuildConfig, BuildReport, Input, library_versions, request_sha256
 from export.console import Reporter, human_bytes
 from export.conventions import infer_conventions, provisional_packing
@@ -33,6 +34,7 @@ from export.verification import PARITY_REPORT, pretty_json
 from export.weights import STAGES, stage_bytes
 from runtime.instruction import EMBEDDING_NAME
 from runtime.tokenizer import TOKENIZER_NAME
+from train.action_classes import classes_of_action
 from train.checkpoint import LoadedPolicy, load
 
 _LOG_NAME = "reports/build.log"
@@ -133,6 +135,8 @@ def _read_and_plan(config: BuildConfig, reporter: Reporter) -> tuple[LoadedPolic
             config=config.config,
             packing=provisional_packing(config),
             x_attn_causal=config.x_attn_causal,
+            prompt_template=config.prompt_template,
+            pad_prompt_to=config.pad_prompt_to,
         )
         if config.infer_from is not None:
             infer_conventions(config, loaded, reporter)
@@ -152,6 +156,7 @@ def _read_and_plan(config: BuildConfig, reporter: Reporter) -> tuple[LoadedPolic
             )
         else:
             reporter.result(causal)
+        _report_meaning(config, loaded, reporter)
         _warn_untrained(loaded, reporter)
         _warn_doubtful(loaded, reporter)
     with reporter.step("Plan"):
@@ -178,6 +183,16 @@ def _report_base(loaded: LoadedPolicy, reporter: Reporter) -> None:
         reporter.result(f"base weights: {origin}")
     else:
         reporter.warn(f"the checkpoint holds a part of the backbone only; {origin}: {loaded.from_base[0]}, ...")
+
+
+def _report_meaning(config: BuildConfig, loaded: LoadedPolicy, reporter: Reporter) -> None:
+    """Say what nobody can see in the weights: the text around an instruction, and what classes stand for."""
+    spec = loaded.policy.spec
+    padded = f" padded to {spec.pad_to} tokens" if spec.pad_to is not None else ""
+    reporter.result(f"prompt {spec.prompt_template!r}{padded} ({spec.prompt_source})")
+    if spec.head.kind == "classes":
+        action = action_spec(spec, config, loaded.facts)
+        reporter.result(f"classes {' '.join(classes_of_action(action).spelled())} ({action.classes_source})")
 
 
 def _warn_untrained(loaded: LoadedPolicy, reporter: Reporter) -> None:

@@ -17,6 +17,7 @@ from transformers import Kosmos2Config
 
 from bundle.errors import BaseWeightsError, CheckpointError, ConfigError
 from bundle.manifest import Packing
+from bundle.prompt_template import UPSTREAM, is_template
 from train.adapter_merge import check_kinds, fold, needs_folding
 from train.adapter_recipe import AdapterRecipe, recipe_of_peft, recipe_of_setup
 from train.base import Base, base_weights, find_base, tensors_sha256
@@ -87,6 +88,8 @@ def load(
     config: Path | None = None,
     packing: Packing | Literal["auto"] = "auto",
     x_attn_causal: bool | None = None,
+    prompt_template: str | None = None,
+    pad_prompt_to: int | None = None,
 ) -> LoadedPolicy:
     """Read a checkpoint strictly.
 
@@ -96,6 +99,8 @@ def load(
         config: RoboVLMs JSON; by default the one inside the checkpoint, else config.json beside it.
         packing: layout of a row. `auto` is `upstream` for upstream's policies, and an error for the fork's.
         x_attn_causal: whether the resampler was trained causal (transformers 4.52 to 5.0 with sdpa). None assumes not, and says so.
+        prompt_template, pad_prompt_to: text around an instruction and length of every prompt (0 for its own), as stated by the user; None
+            is what the file records, else what the lab's code does with the config.
 
     Raises:
         CheckpointError: unreadable, unsafe, or keys missing, unknown, contradictory, misshapen or not finite.
@@ -107,8 +112,7 @@ def load(
     settings, config_files = _find_config(raw, config)
     spec, facts = policy_spec(settings), training_facts(settings)
     raw = _with_facts(raw, facts)
-    if facts is not None and facts.prompt_template is not None:
-        spec = replace(spec, prompt_template=facts.prompt_template)
+    spec = _with_prompt(spec, facts, prompt_template, pad_prompt_to)
     keys = map_keys(raw.state)
     state = _unaliased(raw, keys)
     check_kinds(state, origin=path.name)
@@ -174,6 +178,32 @@ def _check_base(
         return None
     origin = base_weights(located.folder)
     return check_base(state, origin, recipe, adapted, from_base, origin=path.name, folder=located.folder)
+
+
+def _with_prompt(spec: PolicySpec, facts: TrainingFacts | None, template: str | None, pad_to: int | None) -> PolicySpec:
+    """Text and length of prompts: stated by the user, recorded in the file, or by the config - in this order.
+
+    Raises:
+        ConfigError: a template with other braces.
+    """
+    if facts is not None and facts.prompt_template is not None:
+        spec = replace(
+            spec, prompt_template=facts.prompt_template, pad_to=facts.pad_prompt_to, prompt_source="recorded"
+        )
+    if template is not None:
+        if not is_template(template):
+            raise ConfigError(
+                "the prompt template is not usable",
+                got=repr(template),
+                expected="a text with {instruction} in it once (or not at all), and no other braces",
+                hint=f"for example --prompt-template {UPSTREAM!r}",
+            )
+        spec = replace(spec, prompt_template=template, prompt_source="stated by the user")
+    if pad_to is not None:
+        spec = replace(spec, pad_to=pad_to or None)
+        if template is None:
+            spec = replace(spec, prompt_source=f"{spec.prompt_source}; padding stated by the user")
+    return spec
 
 
 def decide_conventions(
