@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 
 from bundle.errors import ConfigError
-from train.run_config import RunConfig, SourceConfig
+from train.run_config import LoraConfig, RunConfig, SourceConfig
 
 _TABLE = "docs/training-config.md lists every key with its meaning and default."
 _CLASSES = 9
@@ -184,8 +185,22 @@ def _model_problems(config: RunConfig) -> Iterator[Problem]:
         yield "model.latent", model.latent, "1: fork_overwrite is not defined for more"
     if not model.freeze_backbone and model.lora.targets != "none":
         yield "model.freeze_backbone", "false", 'model.lora.targets = "none" with it: adapters leave the base frozen'
+    yield from _target_problems(model.lora)
     if model.train_decoder_layers is not None and model.freeze_backbone:
         yield "model.train_decoder_layers", model.train_decoder_layers, "freeze_backbone = false with it"
+
+
+def _target_problems(lora: LoraConfig) -> Iterator[Problem]:
+    """Whether targets match something is found where the model is known: train/lora_targets.py."""
+    targets = lora.targets
+    if lora.layers is not None and targets == "none":
+        yield "model.lora.layers", lora.layers, 'nothing beside model.lora.targets = "none"'
+    if isinstance(targets, tuple):
+        return
+    try:
+        re.compile(targets)
+    except re.error as error:
+        yield "model.lora.targets", f"{targets!r}: {error}", "one regular expression, or a list of names"
 
 
 def _is_template(text: str) -> bool:

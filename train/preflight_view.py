@@ -48,6 +48,7 @@ def _summary(plan: Plan) -> Table:
         "base": f"{_path(plan.base)}  sha256 {plan.base_sha256[:12]}",
         "trains": f"{counts.trained:,} of {counts.total:,} parameters on {plan.device}"
         + (f", {plan.processes} processes" if plan.processes > 1 else ""),
+        "of it": ", ".join(f"{part.name} {part.values:,} in {part.tensors:,}" for part in counts.parts) + " tensors",
         "steps": f"{plan.steps:,} ({plan.steps_per_epoch:,} in an epoch), {plan.warmup_steps:,} of them warm-up",
         "memory": f"about {_size(memory.total)}, {_size(plan.memory_free)} free: "
         + _listed(

@@ -16,6 +16,7 @@ from bundle.errors import ConfigError, UnsupportedPolicyError
 from train.config import PolicySpec, policy_spec
 from train.robovlms_data import augment_settings, data_settings, is_h5
 from train.robovlms_keys import LabConfig, Notes
+from train.robovlms_lora import lora_settings
 
 __all__ = ["Notes", "from_robovlms", "is_robovlms"]
 
@@ -107,6 +108,7 @@ def _refuse(lab: LabConfig, spec: PolicySpec, origin: str) -> None:
         "act_head.num_classes": (classes != _CLASSES, f"{_CLASSES}"),
         "act_head.down_sample": (latent_pooled, "none, where act_head.latent is more than 1"),
         "act_head.policy_rnn_dropout_p": (lab.get("act_head.policy_rnn_dropout_p", 0) > 0, "0"),
+        "train_setup.reinit": (lab.get("train_setup.reinit", False), "false: training starts from Kosmos-2's weights"),
         "train_setup.predict_action": (not lab.get("train_setup.predict_action", True), "true"),
         **{
             f"train_setup.{key}": (lab.get(f"train_setup.{key}", False), "false: actions are all that is learned")
@@ -184,11 +186,11 @@ def _model(lab: LabConfig, spec: PolicySpec) -> dict[str, Any]:
 
 
 def _tunes_projection(lab: LabConfig) -> bool:
-    asked = [key for key in ("tune_mm_mlp_adapter", "tune_mm_projector") if lab.get(f"train_setup.{key}", False)]
-    if not asked or lab.get("train_setup.freeze_mm_mlp_adapter", False):
+    """Of the `mm` keys that configs have from LLaVA, the fork's code reads this one alone."""
+    if not lab.get("train_setup.tune_mm_projector", False):
         return False
     lab.assume(
-        f"train_setup.{asked[0]}: the projection trains; RoboVLMs itself never reads this key, later trainers of the fork may"
+        "train_setup.tune_mm_projector: the projection trains, as in the fork; upstream's code does not read the key"
     )
     return True
 
@@ -196,14 +198,11 @@ def _tunes_projection(lab: LabConfig) -> bool:
 def _lora(lab: LabConfig, spec: PolicySpec) -> dict[str, Any]:
     assert spec.lora is not None
     setup = "train_setup."
-    for key in ("lora_r", "lora_alpha", "lora_dropout"):
-        lab.get(setup + key)
     lost = ["freeze_backbone false"] if not lab.get(setup + "freeze_backbone", True) else []
     lost += ["train_vision"] if lab.get(setup + "train_vision", False) else []
     if lost:
         lab.assume(f"without effect: {', '.join(lost)}; adapters freeze everything of the base but the word embeddings")
-    bias = lab.get(setup + "lora_bias", "none")
-    return {"targets": "all", "r": spec.lora.r, "alpha": spec.lora.alpha, "dropout": spec.lora.dropout, "bias": bias}
+    return lora_settings(lab, spec.lora)
 
 
 def _optimizer(lab: LabConfig) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from bundle.errors import ConfigError
 
 _WHOLE, _NUMBER, _TEXT, _FLAG = "a whole number", "a finite number", "a text", "true or false"
 _NUMBERS, _TEXTS, _TEXT_OR_WHOLE = "a list of numbers", "a list of texts", "a text or a whole number"
+_TEXT_OR_TEXTS = "a text or a list of texts"
 _SECTION, _SECTIONS = "an object", "an object, or a list of objects"
 
 
@@ -43,10 +44,11 @@ _MEANT: dict[str, str] = {
     **_keys(
         _FLAG,
         "predict_action predict_forward predict_forward_hand predict_caption freeze_backbone lora_enable train_vision "
-        "train_text_embedding gradient_checkpointing tune_mm_mlp_adapter tune_mm_projector freeze_mm_mlp_adapter",
+        "train_text_embedding gradient_checkpointing tune_mm_projector reinit",
         section="train_setup.",
     ),
-    **_keys(_WHOLE, "lora_r train_decoder_layers bits", section="train_setup."),
+    **_keys(_WHOLE, "lora_r lora_decoder_layers train_decoder_layers bits", section="train_setup."),
+    **_keys(_TEXT_OR_TEXTS, "lora_target_modules", section="train_setup."),
     **_keys(_NUMBER, "lora_alpha lora_dropout", section="train_setup."),
     **_keys(_TEXT, "lora_bias", section="train_setup."),
     **_keys(_WHOLE, "max_epochs max_steps accumulate_grad_batches", section="trainer."),
@@ -85,7 +87,7 @@ _UNREAD: dict[str, str] = {
     ),
     **_keys(
         _NOTHING,
-        "precision freeze_resampler mm_use_im_start_end mm_use_im_patch_token mm_projector_lr lora_target_modules reinit",
+        "precision freeze_resampler mm_use_im_start_end mm_use_im_patch_token mm_projector_lr tune_mm_mlp_adapter freeze_mm_mlp_adapter",
         section="train_setup.",
     ),
     **_keys(
@@ -249,6 +251,8 @@ def _fits(value: object, kind: str) -> bool:
             return isinstance(value, list) and all(_fits(item, _NUMBER) for item in value)
         case "a list of texts":
             return isinstance(value, list) and all(isinstance(item, str) for item in value)
+        case "a text or a list of texts":
+            return isinstance(value, str) or _fits(value, _TEXTS)
         case "a text or a whole number":
             return isinstance(value, str) or _fits(value, _WHOLE)
         case _:

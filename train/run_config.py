@@ -20,9 +20,9 @@ NotNegative = Annotated[int, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 AboveZero = Annotated[float, Meta(gt=0.0)]
 AtLeastZero = Annotated[float, Meta(ge=0.0)]
+Text = Annotated[str, Meta(min_length=1)]
 Kind = Literal["real", "sim", "augmented"]
 Precision = Literal["fp32", "bf16", "fp16"]
-Targets = Literal["all", "text", "none"]
 
 
 class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -126,14 +126,17 @@ class LoraConfig(_Strict, frozen=True):
 
     Attributes:
         targets: `all` is every Linear of text, vision and projection, as upstream; `text` leaves vision and projection alone, which allows
-            the cache of image tokens; `none` trains no adapter.
+            the cache of image tokens; `vision` is these two alone; `none` trains no adapter. Else as peft has it: a list of names, each
+            of which also means every module whose path ends with it, or one regular expression that matches whole paths.
+        layers: only the last so many layers of the text model; or a list of layers by number, from 0, of text model and vision tower.
         r: rank: W += (alpha / r) B A.
         alpha: strength, see r.
         dropout: on A's input.
         bias: which biases train with the adapters: none, those of adapted modules, or all.
     """
 
-    targets: Targets = "all"
+    targets: Text | Annotated[tuple[Text, ...], Meta(min_length=1)] = "all"
+    layers: Positive | Annotated[tuple[NotNegative, ...], Meta(min_length=1)] | None = None
     r: Positive = 32
     alpha: AboveZero = 16.0
     dropout: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.1

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Kosmos2Config
 
 from bundle.errors import BaseWeightsError
 from train.action_head import ActionHead
@@ -23,8 +22,8 @@ from train.base import base_weights, read_base_config
 from train.checkpoint import materialize_tables
 from train.config import HeadSpec, LoraSpec, PolicySpec
 from train.keys import map_keys
+from train.lora_targets import adapted_modules
 from train.policy import Conventions, KosmosPolicy
-from train.robovlms_layout import linear_modules
 from train.run_config import ModelConfig, RunConfig
 
 _VISION = ("backbone.vision_model.", "backbone.image_to_text_projection.")
@@ -73,7 +72,7 @@ def build_policy(config: RunConfig, base: Path, *, action_range: tuple[float, fl
     spec = policy_spec_of(config, action_range=action_range, image_size=kosmos.vision_config.image_size)
     conventions = Conventions(config.model.packing, "trained so", False, "trained so")
     with torch.device("meta"):
-        policy = KosmosPolicy(spec, kosmos, conventions, adapted_modules(kosmos, config.model))
+        policy = KosmosPolicy(spec, kosmos, conventions, adapted_modules(kosmos, config.model.lora))
     _assign_base(policy, base)
     _start_new(policy, config.loop.seed)
     materialize_tables(policy.backbone)
@@ -81,17 +80,6 @@ def build_policy(config: RunConfig, base: Path, *, action_range: tuple[float, fl
     for name, parameter in policy.named_parameters():
         parameter.requires_grad_(name in names)
     return policy
-
-
-def adapted_modules(kosmos: Kosmos2Config, model: ModelConfig) -> tuple[str, ...]:
-    """Paths below `backbone.` of the Linears that get adapters."""
-    if model.lora.targets == "none":
-        return ()
-    with torch.device("meta"):
-        from transformers.models.kosmos2.modeling_kosmos2 import Kosmos2Model
-
-        paths = linear_modules(Kosmos2Model(kosmos))
-    return tuple(path for path in paths if model.lora.targets == "all" or path.startswith("text_model."))
 
 
 def trainable_names(policy: KosmosPolicy, model: ModelConfig) -> frozenset[str]:

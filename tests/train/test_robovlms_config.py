@@ -239,9 +239,52 @@ def test_what_trains_without_adapters() -> None:
 
     projection = run(**lora, train_setup__tune_mm_projector=True).model
     assert (projection.freeze_backbone, projection.train_projection) == (True, True)
-    assert not run(
+    # Of LLaVA's keys the fork's code reads that one alone.
+    assert run(
         **lora, train_setup__tune_mm_projector=True, train_setup__freeze_mm_mlp_adapter=True
     ).model.train_projection
+    assert not run(**lora, train_setup__tune_mm_mlp_adapter=True).model.train_projection
+
+
+@pytest.mark.parametrize(
+    ("targets", "layers", "expected"),
+    [
+        (None, None, ("all", None)),
+        (None, -1, ("all", None)),
+        (None, 4, ("all", 4)),
+        ("all-linear", None, ("all", None)),
+        (["q_proj", "fc1"], None, (("q_proj", "fc1"), None)),
+        (["q_proj", "lm_head"], -1, (("q_proj",), None)),
+        (r"vision_model\..+\.q_proj", None, (r"vision_model\..+\.q_proj", None)),
+        # The lab's code reads the layers only where no targets are named.
+        (["q_proj"], 4, (("q_proj",), None)),
+    ],
+)
+def test_adapters_as_the_labs_code_hands_them_to_peft(targets: object, layers: object, expected: object) -> None:
+    changes = {"train_setup__lora_target_modules": targets, "train_setup__lora_decoder_layers": layers}
+    lora = run(**changes).model.lora
+
+    assert (lora.targets, lora.layers) == expected
+    idle = "lora_decoder_layers 4; the lab's code reads it only where" in assumed(**changes)
+    assert idle == (targets is not None and layers == 4)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("lora_target_modules", ""),
+        ("lora_target_modules", []),
+        ("lora_target_modules", ["lm_head"]),
+        ("lora_target_modules", {"q_proj": 1}),
+        ("lora_target_modules", [3]),
+        ("lora_decoder_layers", 0),
+        ("lora_decoder_layers", -2),
+        ("lora_decoder_layers", "4"),
+    ],
+)
+def test_adapters_that_peft_or_the_lab_would_refuse(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"lab\.json: `train_setup\.{key}` is not usable"):
+        run(**{f"train_setup__{key}": value})
 
 
 def test_augmentation() -> None:
