@@ -150,6 +150,8 @@ def _contradictions(config: RunConfig) -> Iterator[Problem]:
     """What one field cannot know of another."""
     yield from _data_problems(config)
     yield from _model_problems(config)
+    if config.base.take == "policy" and config.base.weights is None:
+        yield "base.take", '"policy"', "base.weights with it: a checkpoint to take the policy from"
     weights = config.loss.class_weights
     if isinstance(weights, tuple):
         if config.model.head != "classes":

@@ -30,6 +30,7 @@ from train.load_config import LoadedConfig, Notes
 from train.memory import Device, MemoryEstimate, ParameterCounts, count_parameters, estimate_memory
 from train.preflight_checks import CHECKS
 from train.preflight_files import LEDGER_NAME, Problem, existing_parent, file_problems, refuse
+from train.robovlms_base import StartingPoint
 from train.run_setup import Gathered
 from train.sampling import steps_per_epoch
 
@@ -67,6 +68,7 @@ class Plan:
         files: the config and its parents.
         notes: what a lab's config says that does not count, or is not certain.
         base, base_sha256: the directory that training starts from.
+        start: the checkpoint that it was made of, if any.
         parameters: of the policy.
         train, val: the two parts.
         action_range: physical values of -1 and +1.
@@ -87,6 +89,7 @@ class Plan:
     notes: Notes
     base: Path
     base_sha256: str
+    start: StartingPoint
     parameters: ParameterCounts
     train: PartFacts
     val: PartFacts
@@ -121,6 +124,7 @@ def preflight(
     resume: bool | None = None,
     device: Device | None = None,
     processes: int = 1,
+    strict: bool = True,
 ) -> Plan:
     """Plan the run and check it.
 
@@ -129,6 +133,7 @@ def preflight(
         resume: whether it goes on with an earlier run; None only says that there is one.
         device: what trains; None takes a GPU if there is one.
         processes: of a distributed run.
+        strict: False leaves what stands in the way to the caller, in the plan's problems.
 
     Raises:
         ConfigError: lists everything that stands in the way.
@@ -138,7 +143,8 @@ def preflight(
         plan = replace(plan, exists=False)
     found = [problem for check in CHECKS for problem in check(plan, loaded.config)]
     plan = replace(plan, problems=(*file_problems(loaded, resume=resume), *found))
-    refuse(plan.problems, name=plan.name)
+    if strict:
+        refuse(plan.problems, name=plan.name)
     return plan
 
 
@@ -158,6 +164,7 @@ def _plan(loaded: LoadedConfig, gathered: Gathered, device: Device, processes: i
         notes=loaded.notes,
         base=gathered.base,
         base_sha256=gathered.base_sha256,
+        start=gathered.start,
         parameters=counts,
         train=part_facts(train, window=data.window),
         val=part_facts(val, window=data.window),

@@ -17,6 +17,7 @@ from train.config import PolicySpec, policy_spec
 from train.robovlms_data import augment_settings, data_settings, is_h5
 from train.robovlms_keys import LabConfig, Notes
 from train.robovlms_lora import lora_settings
+from train.robovlms_weights import weights_settings
 
 __all__ = ["Notes", "from_robovlms", "is_robovlms"]
 
@@ -139,10 +140,8 @@ def _name(lab: LabConfig) -> str:
 
 
 def _base(lab: LabConfig) -> dict[str, Any]:
-    base = {"model": lab.require("vlm.pretrained_model_name_or_path")}
-    if (weights := lab.get("model_load_path")) is not None:
-        base["weights"] = weights
-        lab.assume(f"of {weights} the backbone is taken, adapters merged; the head starts anew")
+    base = {"model": lab.require("vlm.pretrained_model_name_or_path"), **weights_settings(lab)}
+    lab.name("base.model", "vlm.pretrained_model_name_or_path")
     if (digest := lab.get("jetvla.base_sha256")) is not None:
         base["sha256"] = digest
     if (path := lab.get("resume")) is not None:

@@ -29,8 +29,15 @@ _MEANT: dict[str, str] = {
     **_keys(_WHOLE, "window_size fwd_pred_next_n image_size seed batch_size num_workers warmup_steps"),
     **_keys(_NUMBER, "learning_rate min_lr_scale weight_decay warmup_epochs gradient_clip_val"),
     **_keys(_NUMBER, "arm_gripper_loss_ratio norm_min norm_max mu_val"),
-    **_keys(_TEXT, "robovlm_name model exp_name task_name trainer_type scheduler output_root model_load_path resume"),
-    **_keys(_FLAG, "use_hand_rgb use_vision_resampler use_mu_law use_clip_norm tcp_rel regular_action norm_action"),
+    **_keys(
+        _TEXT,
+        "robovlm_name model exp_name task_name trainer_type scheduler output_root model_load_path model_load_source",
+    ),
+    **_keys(_TEXT, "pretrained_vlm_path resume"),
+    **_keys(
+        _FLAG,
+        "use_hand_rgb use_vision_resampler use_mu_law use_clip_norm tcp_rel regular_action norm_action load_vlm_only",
+    ),
     **_keys(_NUMBERS, "image_mean image_std"),
     **_keys(_SECTION, "act_head train_setup vlm trainer fwd_head jetvla"),
     **_keys(_SECTIONS, "train_dataset val_dataset"),
@@ -74,7 +81,7 @@ _UNREAD: dict[str, str] = {
         _NOTHING,
         "parent model_url model_path model_config seq_len cap_loss_ratio fwd_loss_ratio data_scale optimizer warmup_ratio "
         "use_time_causal_attn use_mim_obs_loss use_pixel_loss use_obs_queries vision_masked_ratio use_tube_mask log_root cache_root "
-        "log_dir output_dir model_load_source deepspeed_config gpus num_nodes accelerator strategy discrete_action "
+        "log_dir output_dir deepspeed_config gpus num_nodes accelerator strategy discrete_action "
         "discrete_action_history vision_resampler act_encoder tokenizer llm description inference_mode raw_config_path config data_dir "
         "annotation_file data_subfolder task_num use_multi_modal_emb no_video_pretrained_model finetune kl_div_ratio clip_norm_ratio "
         "vl_cotrain_ratio train_weights x_mean x_std",
@@ -114,11 +121,13 @@ class Notes:
         ignored: known keys without effect here, by dotted path.
         assumed: sentences: where the original run may have been another one than the config says, or ours will be.
         unknown: keys that RoboVLMs does not know, with the known key that may have been meant.
+        names: settings of ours by dotted path, and the key of this config that each was read from, where messages need it.
     """
 
     ignored: tuple[str, ...] = ()
     assumed: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
+    names: tuple[tuple[str, str], ...] = ()
 
 
 class LabConfig:
@@ -138,6 +147,7 @@ class LabConfig:
         self._leaves = dict(_leaves(values, ""))
         self._read: set[str] = {"parent"}  # followed when the file was read
         self._assumed: list[str] = []
+        self._names: dict[str, str] = {}
         for path, value in self._leaves.items():
             kind = _kind(path)
             if kind is not None and value is not None and not _fits(value, kind):
@@ -164,6 +174,10 @@ class LabConfig:
         """Note that something is not as the config says, or cannot be known from it."""
         self._assumed.append(sentence)
 
+    def name(self, setting: str, key: str) -> None:
+        """Note which key of this config a setting of ours was read from."""
+        self._names[setting] = key
+
     def unusable(self, path: str, *, expected: object) -> ConfigError:
         """The error for a key whose value, or absence, cannot be worked with."""
         value = self._leaves.get(path)
@@ -188,7 +202,7 @@ class LabConfig:
         strange = {path for path, _ in unknown}
         ignored = tuple(path for path in self._leaves if path not in self._read | strange)
         texts = tuple(path if near is None else f"{path}: did you mean {near}?" for path, near in unknown)
-        return Notes(ignored, tuple(self._assumed), texts)
+        return Notes(ignored, tuple(self._assumed), texts, tuple(self._names.items()))
 
     def _unknown(self) -> list[tuple[str, str | None]]:
         """Keys that RoboVLMs does not know, each with the nearest one that it does."""

@@ -34,12 +34,15 @@ class BaseConfig(_Strict, frozen=True):
 
     Attributes:
         model: Hugging Face Kosmos-2 directory: config.json, tokenizer.json, model.safetensors.
-        weights: a RoboVLMs checkpoint whose backbone, adapters merged, replaces the directory's weights; its head is not used.
+        weights: a RoboVLMs checkpoint to start from instead of the directory's weights.
+        take: of that checkpoint: `backbone` is its vision-language part, adapters merged, under a new head; `policy` takes head and action
+            token too, and goes on with its adapters if the run has the same ones.
         sha256: hash of the directory's weights, as runs record it; another base is refused.
     """
 
     model: str
     weights: str | None = None
+    take: Literal["backbone", "policy"] = "backbone"
     sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")] | None = None
 
 

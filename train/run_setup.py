@@ -30,7 +30,8 @@ from train.inputs import InputSource, instructions_of
 from train.load_config import LoadedConfig
 from train.losses import LossSpec, balanced_weights
 from train.policy import KosmosPolicy
-from train.robovlms_base import robovlms_base
+from train.preflight_files import missing_weights
+from train.robovlms_base import StartingPoint, starting_point
 from train.run_checkpoints import checkpoint_config
 from train.run_config import RunConfig
 from train.sampling import steps_per_epoch
@@ -59,6 +60,7 @@ class Gathered:
         root: where relative paths start.
         folder: of the run.
         base: directory of the base model, and the hash of its weights.
+        start: the checkpoint that they are from, if any.
         train, val: the episodes of both parts.
         split: the same by name.
         action_range: physical values of -1 and +1.
@@ -72,6 +74,7 @@ class Gathered:
     folder: Path
     base: Path
     base_sha256: str
+    start: StartingPoint
     train: tuple[TrainingEpisode, ...]
     val: tuple[TrainingEpisode, ...]
     split: Split
@@ -135,9 +138,11 @@ def gather(loaded: LoadedConfig, bar: Bar = no_bar) -> Gathered:
     cache = root / config.output.cache if config.output.cache else runs / ".cache"
     model = root / config.base.model
     kosmos = read_base_config(model)
-    base = model
-    if config.base.weights is not None:
-        base = robovlms_base(root / config.base.weights, model, cache / "bases")
+    # Where the checkpoint is missing, everything else can still be shown; training is refused by then.
+    start = StartingPoint(model)
+    if missing_weights(loaded) is None:
+        start = starting_point(config.base, config.model.lora, root=root, folder=cache / "bases")
+    base = start.base
     with bar(
         "hashing the base weights", sum(file.stat().st_size for file in base.glob("model*.safetensors"))
     ) as advance:
@@ -167,6 +172,7 @@ def gather(loaded: LoadedConfig, bar: Bar = no_bar) -> Gathered:
         folder=runs / config.name,
         base=base,
         base_sha256=digest,
+        start=start,
         train=train,
         val=val,
         split=split,

@@ -349,8 +349,33 @@ def test_names_become_folders(written: str | None, name: str) -> None:
     assert run(exp_name=written).name == name
 
 
-def test_weights_to_start_from() -> None:
-    assert run(model_load_path="kosmos_ph.pt").base.weights == "kosmos_ph.pt"
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"model_load_path": "whole.pt"}, ("whole.pt", "policy")),
+        ({"pretrained_vlm_path": "part.pt", "load_vlm_only": True}, ("part.pt", "backbone")),
+        # As the fork's code: not read without the flag, and loaded over by the whole.
+        ({"pretrained_vlm_path": "part.pt"}, (None, "backbone")),
+        (
+            {"pretrained_vlm_path": "part.pt", "load_vlm_only": True, "model_load_path": "whole.pt"},
+            ("whole.pt", "policy"),
+        ),
+        ({"pretrained_vlm_path": None, "load_vlm_only": True, "model_load_source": "lightning"}, (None, "backbone")),
+        ({"model_load_path": ""}, (None, "backbone")),
+    ],
+)
+def test_weights_to_start_from(changes: dict[str, Any], expected: tuple[str | None, str]) -> None:
+    base = run(**changes).base
+
+    assert (base.weights, base.take) == expected
+    idle = "without effect: pretrained_vlm_path" in assumed(**changes)
+    assert idle == (changes.get("pretrained_vlm_path") is not None and base.weights != "part.pt")
+
+
+def test_a_source_that_robovlms_does_not_know() -> None:
+    assert run(model_load_source="hub").base.weights is None
+    with pytest.raises(ConfigError, match="`model_load_source` is not usable"):
+        run(model_load_path="whole.pt", model_load_source="hub")
 
 
 @pytest.mark.parametrize(
