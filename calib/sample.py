@@ -119,7 +119,9 @@ def draw(
             expected=f"at least {LEAST_FRAMES}",
             hint="64 are enough for most policies; more take longer and change little.",
         )
-    recordings, notes = survey(sources, manifest.action, instruction=instruction)
+    recordings, notes = survey(
+        sources, manifest.action, instruction=instruction, cameras=manifest.preprocessing.cameras
+    )
     window = manifest.dimensions.window
     look = _Look(advance)
     dark: tuple[Recording, ...] = ()

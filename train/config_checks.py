@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from bundle.errors import ConfigError
+from episodes.reader import CAMERAS
 from train.run_config import LoraConfig, RunConfig, SourceConfig
 
 _TABLE = "docs/training-config.md lists every key with its meaning and default."
@@ -166,6 +167,10 @@ def _data_problems(config: RunConfig) -> Iterator[Problem]:
         yield "data.sources", "none", "at least one source with files"
     if not data.actions or len(set(data.actions)) != len(data.actions):
         yield "data.actions", ", ".join(data.actions) or "none", "different names, at least one"
+    if tuple(sorted(data.cameras)) not in (("static",), CAMERAS):
+        yield "data.cameras", ", ".join(data.cameras) or "none", "static, or hand and static"
+    if len(data.cameras) > 1 and config.model.packing == "fork_overwrite":
+        yield "data.cameras", ", ".join(data.cameras), "static: fork_overwrite is not defined for a hand camera"
     if data.action_range != "auto" and not data.action_range[0] < data.action_range[1]:
         yield "data.action_range", list(data.action_range), "minimum < maximum"
     if not 0 < data.val_share < 1 and data.split is None:

@@ -162,13 +162,14 @@ def evaluate(
         advance: called after each pass over an episode.
 
     Raises:
-        EpisodeError: no instruction, no common axis, or a damaged frame.
+        EpisodeError: no instruction, no common axis, a camera too few, or a damaged frame.
         BackendError: a prediction is not finite.
     """
     played, other = [], []
     axes: tuple[str, ...] | None = None
     for path in paths:
         with _opened(path) as episode:
+            episode.require_cameras(predictor.cameras)
             predictor.check_rate(episode.fps)
             common = _common_axes(episode, predictor, axes)
             axes = common
@@ -229,8 +230,8 @@ def _play(predictor: Predictor, episode: Episode, told: str, axes: tuple[str, ..
     recorded = episode.actions[:, theirs]
     predictor.reset(told)
     chunks = []
-    for index, frame in enumerate(episode.frames()):
-        chunk = predictor.predict(frame)[:, ours]
+    for index in range(len(episode)):
+        chunk = predictor.predict(episode.views(index, predictor.cameras))[:, ours]
         if not np.isfinite(chunk).all():
             raise BackendError(
                 f"the prediction for frame {index} of {episode.path.name} is not finite",

@@ -138,7 +138,7 @@ def estimate_memory(
     slots = _slots(kosmos, config, prompt_tokens)
     layers = _text_layers(kosmos, config, device, slots, counts.adapted_text)
     if counts.vision:
-        layers += _vision_layers(kosmos, config, device, counts.adapted_vision)
+        layers += len(config.data.cameras) * _vision_layers(kosmos, config, device, counts.adapted_vision)
     activations = frames * layers + _head(kosmos, config)
     if loop.precision != "fp32":
         depth = kosmos.text_config.layers if config.model.gradient_checkpointing else 1
@@ -159,7 +159,7 @@ def estimate_memory(
 def _slots(kosmos: Kosmos2Config, config: RunConfig, prompt_tokens: int) -> int:
     """Length of a row; the last token of the prompt stands behind the action and is not computed."""
     if config.model.packing == "upstream":
-        return kosmos.latent_query_num + prompt_tokens - 1 + config.model.latent
+        return len(config.data.cameras) * kosmos.latent_query_num + prompt_tokens - 1 + config.model.latent
     return max(kosmos.latent_query_num, prompt_tokens) + 1
 
 

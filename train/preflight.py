@@ -155,7 +155,7 @@ def _plan(loaded: LoadedConfig, gathered: Gathered, device: Device, processes: i
     counts = count_parameters(kosmos, config)
     prompts = {text: ids.tolist() for text, ids in gathered.prompts.items()}
     per_epoch = steps_per_epoch([len(episode) for episode in train], config.loop, window=data.window)
-    width = kosmos.latent_query_num * kosmos.text_config.embed_dim
+    width = len(data.cameras) * kosmos.latent_query_num * kosmos.text_config.embed_dim
     return Plan(
         name=config.name,
         folder=gathered.folder,

@@ -101,7 +101,6 @@ def _refuse(lab: LabConfig, spec: PolicySpec, origin: str) -> None:
         lab.get("act_head.num_classes")
     latent_pooled = lab.get("act_head.down_sample") == "pooling" and spec.head.latent > 1
     refused = {
-        "use_hand_rgb": (lab.get("use_hand_rgb", False), "one camera"),
         "use_mu_law": (lab.get("use_mu_law", False), "actions on a linear scale"),
         "use_vision_resampler": (lab.get("use_vision_resampler", False), "Kosmos-2's own resampler"),
         "use_clip_norm": (lab.get("use_clip_norm", False), "no such loss"),

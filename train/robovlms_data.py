@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from episodes.reader import CAMERAS
 from train.config import PolicySpec
 from train.robovlms_keys import LabConfig
 
@@ -34,6 +35,7 @@ def data_settings(lab: LabConfig, spec: PolicySpec) -> dict[str, Any]:
     data: dict[str, Any] = {
         "actions": tuple(lab.get("jetvla.action_names", _axes(spec, lab))),
         "sources": [{"files": [_files(lab, path)]} for path in lab.datasets("train_dataset")],
+        "cameras": CAMERAS if lab.get("use_hand_rgb", False) else ("static",),
         "window": spec.window,
         "chunk": spec.chunk,
         "action_range": _action_range(lab, spec, fork=fork),

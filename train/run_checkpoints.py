@@ -66,6 +66,7 @@ def checkpoint_config(run: RunConfig, policy: KosmosPolicy, facts: TrainingFacts
             limits=(spec.minimum, spec.maximum),
             lora=None if spec.lora is None else (lora.r, lora.alpha, lora.dropout, lora.bias),
             fork=spec.fork,
+            hand_camera=spec.hand_camera,
             base=base,
             seed=run.loop.seed,
             task=run.name,

@@ -50,7 +50,7 @@ class SourceConfig(_Strict, frozen=True):
     """Episodes of one kind.
 
     Attributes:
-        files: paths, folders or globs of HDF5 episodes, or folders of LeRobot v3 datasets with one camera; relative ones start at the
+        files: paths, folders or globs of HDF5 episodes, or folders of LeRobot v3 datasets; relative ones start at the
             config's folder.
         kind: what they are; the run records how many frames of each kind it saw.
         schema: of HDF5 files, where it is recognised wrongly.
@@ -69,6 +69,7 @@ class DataConfig(_Strict, frozen=True):
     Attributes:
         sources: the episodes.
         actions: the columns that are learned, by name.
+        cameras: what the policy sees: `static`, or `hand` and `static`, which every episode must then have.
         window: W, frames of history.
         chunk: n, actions that are predicted at each frame.
         action_range: physical values that become -1 and +1; what exceeds them is clipped. `auto` takes the largest absolute action of the
@@ -84,6 +85,7 @@ class DataConfig(_Strict, frozen=True):
 
     sources: tuple[SourceConfig, ...]
     actions: tuple[str, ...] = ("linear_x", "linear_y")
+    cameras: tuple[Literal["hand", "static"], ...] = ("static",)
     window: Positive = 8
     chunk: Positive = 10
     action_range: Literal["auto"] | tuple[float, float] = "auto"

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bundle.errors import BaseWeightsError
 from bundle.tokenization import tokenize
+from episodes.reader import CAMERAS
 from train.augmentation import Augmenter
 from train.base import base_weights, read_base_config, tensors_sha256
 from train.batches import classes_of
@@ -165,6 +166,7 @@ def gather(loaded: LoadedConfig, bar: Bar = no_bar) -> Gathered:
     )
     train, val = part_episodes(episodes, split)
     texts = instructions_of(episodes)
+    cameras = tuple(camera for camera in CAMERAS if camera in config.data.cameras)
     template = config.data.prompt_template
     return Gathered(
         config=config,
@@ -178,7 +180,9 @@ def gather(loaded: LoadedConfig, bar: Bar = no_bar) -> Gathered:
         split=split,
         action_range=resolve_action_range(config.data, train),
         prompts={text: torch.tensor(tokenize(text, template, base / "tokenizer.json")) for text in texts},
-        store=FrameStore(cache / "frames", size=kosmos.vision_config.image_size, resize=config.data.resize),
+        store=FrameStore(
+            cache / "frames", size=kosmos.vision_config.image_size, resize=config.data.resize, cameras=cameras
+        ),
         cache=cache,
     )
 

@@ -50,7 +50,7 @@ def policy_spec_of(config: RunConfig, *, action_range: tuple[float, float], imag
         window=config.data.window,
         chunk=config.data.chunk,
         image_size=image_size,
-        hand_camera=False,
+        hand_camera="hand" in config.data.cameras,
         normalized=config.model.head != "classes",
         minimum=action_range[0],
         maximum=action_range[1],

@@ -287,6 +287,11 @@ def test_adapters_that_peft_or_the_lab_would_refuse(key: str, value: object) -> 
         run(**{f"train_setup__{key}": value})
 
 
+def test_the_hand_camera() -> None:
+    assert run().data.cameras == ("static",)
+    assert run(use_hand_rgb=True).data.cameras == ("hand", "static")
+
+
 def test_augmentation() -> None:
     changes = dict.fromkeys(
         ("train_dataset__augment", "train_dataset__use_color_jitter", "train_dataset__use_random_crop"), True
@@ -381,7 +386,6 @@ def test_a_source_that_robovlms_does_not_know() -> None:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("use_hand_rgb", True),
         ("use_mu_law", True),
         ("use_vision_resampler", True),
         ("tcp_rel", True),
