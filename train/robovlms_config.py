@@ -82,7 +82,7 @@ def _policy(values: Mapping[str, Any], lab: LabConfig, origin: str) -> PolicySpe
         spec = policy_spec(plain)
     except (ConfigError, UnsupportedPolicyError) as error:
         raise type(error)(f"{origin}: {error.what}", got=error.got, expected=error.expected, hint=error.hint) from None
-    for key in _read_by_policy_spec():
+    for key in (*_read_by_policy_spec(), *(f"{path}.abs_action" for path in lab.datasets("train_dataset"))):
         lab.get(key)
     _refuse(lab, spec, origin)
     return spec
@@ -103,7 +103,11 @@ def _refuse(lab: LabConfig, spec: PolicySpec, origin: str) -> None:
     refused = {
         "use_mu_law": (lab.get("use_mu_law", False), "actions on a linear scale"),
         "use_vision_resampler": (lab.get("use_vision_resampler", False), "Kosmos-2's own resampler"),
-        "use_clip_norm": (lab.get("use_clip_norm", False), "no such loss"),
+        "use_clip_norm": (
+            lab.get("use_clip_norm", False),
+            "false: that loss pulls action features towards the instruction's embedding by OpenAI's CLIP ViT-L-14, which trains along "
+            "and stands in no Kosmos-2 directory; it would take CLIP's weights and tokenizer",
+        ),
         "image_size": (lab.get("image_size", _IMAGE_SIZE) != _IMAGE_SIZE, f"{_IMAGE_SIZE}, Kosmos-2's"),
         "act_head.num_classes": (classes != _CLASSES, f"{_CLASSES}"),
         "act_head.down_sample": (latent_pooled, "none, where act_head.latent is more than 1"),
@@ -113,10 +117,6 @@ def _refuse(lab: LabConfig, spec: PolicySpec, origin: str) -> None:
         **{
             f"train_setup.{key}": (lab.get(f"train_setup.{key}", False), "false: actions are all that is learned")
             for key in ("predict_forward", "predict_forward_hand", "predict_caption")
-        },
-        **{
-            f"{path}.abs_action": (lab.get(f"{path}.abs_action", False), "actions as recorded")
-            for path in lab.datasets("train_dataset")
         },
         **{
             f"{path}.episode_filter_keyword": (lab.get(f"{path}.episode_filter_keyword"), "an episode_pattern for it")

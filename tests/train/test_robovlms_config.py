@@ -388,6 +388,8 @@ def test_a_source_that_robovlms_does_not_know() -> None:
     [
         ("use_mu_law", True),
         ("use_vision_resampler", True),
+        ("use_clip_norm", True),
+        ("train_setup.reinit", True),
         ("tcp_rel", True),
         ("regular_action", True),
         ("model", "paligemma"),
