@@ -19,6 +19,9 @@ HEADS: dict[str, HeadKind] = {
     "LSTMDecoder": "actions_gripper",
     "MobileVLALSTMDecoder": "velocities",
     "MobileVLAClassificationDecoder": "classes",
+    # The lab's names for the same two.
+    "NavPolicyRegression": "velocities",
+    "NavPolicy": "classes",
 }
 _PROMPT_TEMPLATE = "<grounding>An image of a robot {instruction}"
 _MU_DEFAULT = 255.0
@@ -165,7 +168,7 @@ def policy_spec(config: dict[str, Any]) -> PolicySpec:
         minimum=minimum,
         maximum=maximum,
         mu=_mu(config) if config.get("use_mu_law", False) else None,
-        fork=head_type.startswith("MobileVLA") or str(config.get("trainer_type", "")).startswith("MobileVLA"),
+        fork=head_type != "LSTMDecoder" or str(config.get("trainer_type", "")).startswith("MobileVLA"),
         base_path=base_path if isinstance(base_path, str) else None,
         prompt_template=_PROMPT_TEMPLATE,
     )

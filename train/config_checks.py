@@ -153,12 +153,9 @@ def _contradictions(config: RunConfig) -> Iterator[Problem]:
     yield from _model_problems(config)
     if config.base.take == "policy" and config.base.weights is None:
         yield "base.take", '"policy"', "base.weights with it: a checkpoint to take the policy from"
-    weights = config.loss.class_weights
-    if isinstance(weights, tuple):
-        if config.model.head != "classes":
-            yield "loss.class_weights", "weights", 'model.head = "classes" with them'
-        elif len(weights) != _CLASSES or not any(weights):
-            yield "loss.class_weights", f"{len(weights)} weights", f"{_CLASSES}, not all of them 0"
+    yield from _loss_problems(config)
+    if config.augment.stop > 0 and not all(text.strip() for text in config.augment.stop_words or [""]):
+        yield "augment.stop_words", list(config.augment.stop_words), "at least one sentence, none of them empty"
 
 
 def _data_problems(config: RunConfig) -> Iterator[Problem]:
@@ -179,6 +176,29 @@ def _data_problems(config: RunConfig) -> Iterator[Problem]:
         yield "data.prompt_template", repr(data.prompt_template), "a text with {instruction} in it, and no other braces"
     if config.model.head == "classes" and data.actions != ("linear_x", "linear_y"):
         yield "data.actions", ", ".join(data.actions), "linear_x, linear_y: the nine classes are theirs"
+
+
+def _loss_problems(config: RunConfig) -> Iterator[Problem]:
+    loss, head = config.loss, config.model.head
+    if head == "classes":
+        count = _CLASSES
+        if isinstance(loss.class_weights, tuple) and (len(loss.class_weights) != count or not any(loss.class_weights)):
+            yield "loss.class_weights", f"{len(loss.class_weights)} weights", f"{count}, not all of them 0"
+        if (loss.prior_weight > 0 or loss.class_prior) and (
+            len(loss.class_prior) != count or not any(loss.class_prior)
+        ):
+            yield "loss.class_prior", f"{len(loss.class_prior)} shares", f"{count}, not all of them 0"
+    else:
+        stated = {
+            "loss.class_weights": isinstance(loss.class_weights, tuple),
+            "loss.label_smoothing": loss.label_smoothing > 0,
+            "loss.class_prior": bool(loss.class_prior) or loss.prior_weight > 0,
+        }
+        for key, wrong in stated.items():
+            if wrong:
+                yield key, "stated", 'model.head = "classes" with it'
+    if loss.non_forward != 1 and head != "velocities":
+        yield "loss.non_forward", loss.non_forward, 'model.head = "velocities" with it'
 
 
 def _model_problems(config: RunConfig) -> Iterator[Problem]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from bundle.errors import ConfigError, EpisodeError
 from episodes.lerobot import episode_names, is_lerobot, split_name
 from episodes.sources import matching, natural
+from train.file_names import named
 from train.run_config import SourceConfig
 
 
@@ -30,6 +31,14 @@ def find_files(sources: Sequence[SourceConfig], *, root: Path) -> list[tuple[Pat
     names: dict[str, Path] = {}
     for number, source in enumerate(sources):
         files = {_real(path): path for pattern in source.files for path in _matches(pattern, root)}
+        files = {real: path for real, path in files.items() if named(path.stem, source)}
+        if not files:
+            raise ConfigError(
+                f"data.sources[{number}] leaves out every file that it names",
+                got=f"exclude {', '.join(source.exclude) or 'none'}; families {', '.join(source.families) or 'all'}",
+                expected="at least one episode",
+                hint="file names say what a path is like: narrow the filters, or leave the source out.",
+            )
         for real, path in sorted(files.items(), key=lambda item: natural(item[1])):
             if real in found:
                 raise ConfigError(

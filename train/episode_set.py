@@ -21,6 +21,7 @@ from bundle.errors import ConfigError, EpisodeError
 from episodes.instruction import sides_in_name, sides_in_text
 from episodes.reader import Episode, EpisodeWarning
 from train.episode_files import find_files
+from train.file_names import is_straight
 from train.recordings import Recordings
 from train.run_config import DataConfig, Kind, SourceConfig
 
@@ -46,6 +47,7 @@ class TrainingEpisode:
         actions: float32 [T, A], physical units as recorded; action i belongs to frame i.
         fps: frames per second, or None where the file does not tell.
         action_names: of the A columns.
+        source: index into data.sources.
     """
 
     path: Path
@@ -56,6 +58,7 @@ class TrainingEpisode:
     actions: NDArray[np.float32]
     fps: float | None
     action_names: tuple[str, ...] = ("linear_x", "linear_y")
+    source: int = 0
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -105,13 +108,21 @@ def read_episodes(
     recordings = Recordings(data.cameras)
     for path, source in found:
         try:
-            read.append(_read(path, source, data.actions, recordings))
+            read.append(_read(path, source, data, recordings))
         except EpisodeError as error:
             bad.append(error)
     if bad:
         raise _unusable(bad, len(found))
+    _refuse_mixed_schemas([episode for episode, _ in read], [source for _, source in found], data.sources)
+    read = [(episode, assumed) for episode, assumed in read if _is_wanted(episode, data.sources[episode.source])]
+    if not read:
+        raise ConfigError(
+            "the filters of data.sources leave no episode",
+            got=f"{len(found)} files, all shorter than least_frames or straight",
+            expected="at least one",
+            hint="lower least_frames, or set curved = false.",
+        )
     episodes = [episode for episode, _ in read]
-    _refuse_mixed_schemas(episodes, [source for _, source in found], data.sources)
     _refuse_mixed_rates(episodes, data.fps)
     hashes = recordings.hash([episode.path for episode in episodes], cache, progress)
     hashed = tuple(dataclasses.replace(episode, sha256=hashes[episode.path]) for episode in episodes)
@@ -119,10 +130,16 @@ def read_episodes(
     return hashed
 
 
-def _read(
-    path: Path, source: SourceConfig, names: tuple[str, ...], recordings: Recordings
-) -> tuple[TrainingEpisode, bool]:
+def _is_wanted(episode: TrainingEpisode, source: SourceConfig) -> bool:
+    """Whether a source's filters by length and movement keep an episode."""
+    if len(episode) < source.least_frames:
+        return False
+    return not (source.curved and is_straight(episode.actions, episode.action_names))
+
+
+def _read(path: Path, source: SourceConfig, data: DataConfig, recordings: Recordings) -> tuple[TrainingEpisode, bool]:
     """The episode without its hash, and whether its instruction was taken from the file name."""
+    names = data.actions
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", EpisodeWarning)  # _warn says it for all files at once
         episode = recordings.open(path, schema=source.schema)
@@ -146,7 +163,15 @@ def _read(
         columns = [episode.action_names.index(name) for name in names]
         actions = np.ascontiguousarray(episode.actions[:, columns])
         return TrainingEpisode(
-            path, source.kind, episode.schema, "", instruction, actions, episode.fps, action_names=names
+            path,
+            source.kind,
+            episode.schema,
+            "",
+            instruction,
+            actions,
+            episode.fps,
+            action_names=names,
+            source=data.sources.index(source),
         ), assumed
 
 

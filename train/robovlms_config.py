@@ -14,21 +14,20 @@ from typing import Any
 
 from bundle.errors import ConfigError, UnsupportedPolicyError
 from train.config import PolicySpec, policy_spec
-from train.robovlms_data import augment_settings, data_settings, is_h5
+from train.robovlms_data import augment_settings, box_annotations, data_settings, is_h5
 from train.robovlms_keys import LabConfig, Notes
 from train.robovlms_lora import lora_settings
 from train.robovlms_weights import weights_settings
 
 __all__ = ["Notes", "from_robovlms", "is_robovlms"]
 
-_FORK_HEADS = {"NavPolicy": "MobileVLAClassificationDecoder", "NavPolicyRegression": "MobileVLALSTMDecoder"}
 _PRECISIONS = {
     **dict.fromkeys(("32", "32-true", "fp32"), "fp32"),
     **dict.fromkeys(("16", "16-mixed", "16-true", "fp16"), "fp16"),
     **dict.fromkeys(("bf16", "bf16-mixed", "bf16-true"), "bf16"),
 }
 _CLASSES = 9
-_IMAGE_SIZE = 224
+_PATIENCE = 3  # validations, of the fork
 
 
 def is_robovlms(values: Mapping[str, Any]) -> bool:
@@ -56,21 +55,36 @@ def from_robovlms(values: Mapping[str, Any], *, origin: str) -> tuple[dict[str, 
         "data": data_settings(lab, spec),
         "model": _model(lab, spec),
         "augment": augment_settings(lab),
-        "loss": {"gripper_ratio": lab.get("arm_gripper_loss_ratio", 0.01)} if head == "actions_gripper" else {},
+        "loss": _loss(lab, head),
         "optimizer": _optimizer(lab),
         "loop": _loop(lab),
         "output": {"runs": lab.get("output_root", "runs")},
     }
-    if head == "classes":
-        settings["loss"] = {"class_weights": tuple(lab.get("act_head.class_weights", ())) or "none"}
     return settings, lab.notes()
+
+
+def _loss(lab: LabConfig, head: str) -> dict[str, Any]:
+    """What is minimised: the gripper's share, or the classes' weights, or the weight of what is not straight ahead."""
+    weight = lab.get("act_head.action_weight_non_forward", 1.0)
+    stated = {
+        "label_smoothing": lab.get("act_head.label_smoothing", 0.0),
+        "prior_weight": lab.get("act_head.prior_reg_weight", 0.0),
+        "class_prior": tuple(lab.get("act_head.target_class_prior", ())),
+    }
+    weights = tuple(lab.get("act_head.class_weights", ())) or "none"
+    ratio = lab.get("arm_gripper_loss_ratio", 0.01)
+    if head == "classes":
+        if not (stated["prior_weight"] and stated["class_prior"]):
+            stated |= {"prior_weight": 0.0, "class_prior": ()}
+        return {"class_weights": weights, **stated}
+    return {"gripper_ratio": ratio} if head == "actions_gripper" else {"non_forward": weight}
 
 
 def _policy(values: Mapping[str, Any], lab: LabConfig, origin: str) -> PolicySpec:
     """What the exporter's reader makes of the config, and the refusal of what we cannot train."""
+    lab.refuse(*_refused(lab))
     plain = copy.deepcopy(dict(values))
     kind = lab.require("act_head.type")
-    plain["act_head"]["type"] = kind = _FORK_HEADS.get(kind, kind)
     width = lab.get("act_head.action_dim")
     if kind == "LSTMDecoder" and width == 2 and is_h5(lab):
         # The fork's first configs: one velocity and a gripper by the code, two velocities by intention.
@@ -82,54 +96,29 @@ def _policy(values: Mapping[str, Any], lab: LabConfig, origin: str) -> PolicySpe
         spec = policy_spec(plain)
     except (ConfigError, UnsupportedPolicyError) as error:
         raise type(error)(f"{origin}: {error.what}", got=error.got, expected=error.expected, hint=error.hint) from None
-    for key in (*_read_by_policy_spec(), *(f"{path}.abs_action" for path in lab.datasets("train_dataset"))):
+    for key in ("act_head.hidden_size", "act_head.num_layers", "act_head.latent", "act_head.num_classes"):
         lab.get(key)
-    _refuse(lab, spec, origin)
+    for key in ("robovlm_name", "trainer_type", "window_size", "fwd_pred_next_n"):
+        lab.get(key)
+    if spec.head.kind == "classes" and spec.head.outputs != _CLASSES:
+        lab.refuse(("act_head.num_classes", spec.head.outputs, f"{_CLASSES}"))
+    if lab.get("quantization") is not None:
+        lab.assume(
+            "quantization: nothing is quantized in training; calib/quantize.py does it afterwards, on recordings"
+        )
     return spec
 
 
-def _read_by_policy_spec() -> tuple[str, ...]:
-    act = ("hidden_size", "num_layers", "latent", "history_type", "action_space", "fill_zero", "instr_in_features")
-    top = ("model", "robovlm_name", "trainer_type", "window_size", "fwd_pred_next_n", "tcp_rel", "regular_action")
-    return (*top, "fwd_head", *(f"act_head.{key}" for key in (*act, "text_in_features")))
-
-
-def _refuse(lab: LabConfig, spec: PolicySpec, origin: str) -> None:
-    """What the exporter builds, or need not know, and training does not do."""
-    classes = spec.head.outputs if spec.head.kind == "classes" else _CLASSES
-    if spec.head.kind == "classes":
-        lab.get("act_head.num_classes")
-    latent_pooled = lab.get("act_head.down_sample") == "pooling" and spec.head.latent > 1
-    refused = {
-        "use_mu_law": (lab.get("use_mu_law", False), "actions on a linear scale"),
-        "use_vision_resampler": (lab.get("use_vision_resampler", False), "Kosmos-2's own resampler"),
-        "use_clip_norm": (
-            lab.get("use_clip_norm", False),
-            "false: that loss pulls action features towards the instruction's embedding by OpenAI's CLIP ViT-L-14, which trains along "
-            "and stands in no Kosmos-2 directory; it would take CLIP's weights and tokenizer",
-        ),
-        "image_size": (lab.get("image_size", _IMAGE_SIZE) != _IMAGE_SIZE, f"{_IMAGE_SIZE}, Kosmos-2's"),
-        "act_head.num_classes": (classes != _CLASSES, f"{_CLASSES}"),
-        "act_head.down_sample": (latent_pooled, "none, where act_head.latent is more than 1"),
-        "act_head.policy_rnn_dropout_p": (lab.get("act_head.policy_rnn_dropout_p", 0) > 0, "0"),
-        "train_setup.reinit": (lab.get("train_setup.reinit", False), "false: training starts from Kosmos-2's weights"),
-        "train_setup.predict_action": (not lab.get("train_setup.predict_action", True), "true"),
-        **{
-            f"train_setup.{key}": (lab.get(f"train_setup.{key}", False), "false: actions are all that is learned")
-            for key in ("predict_forward", "predict_forward_hand", "predict_caption")
-        },
-        **{
-            f"{path}.episode_filter_keyword": (lab.get(f"{path}.episode_filter_keyword"), "an episode_pattern for it")
-            for path in lab.datasets("train_dataset")
-        },
-    }
-    for key, (wrong, expected) in refused.items():
-        if wrong:
-            raise UnsupportedPolicyError(
-                f"{origin}: {key} = {lab.get(key)!r}, which jetvla does not train",
-                expected=expected,
-                hint="change the key if the policy can do without; nothing was written.",
-            )
+def _refused(lab: LabConfig) -> list[tuple[str, object, str]]:
+    """What only several keys together say: pooling over several tokens, and box annotations that are really there."""
+    found: list[tuple[str, object, str]] = []
+    sampling = lab.get("act_head.down_sample", "none")
+    if sampling == "pooling" and lab.get("act_head.latent", 1) > 1:
+        found.append(("act_head.down_sample", sampling, "none, where act_head.latent is more than 1"))
+    boxes = box_annotations(lab)
+    if boxes is not None:
+        found.append(("grounding_aux", str(boxes), "actions alone: boxes are not learned"))
+    return found
 
 
 def _name(lab: LabConfig) -> str:
@@ -240,6 +229,14 @@ def _loop(lab: LabConfig) -> dict[str, Any]:
         "seed": lab.get("seed", 0),
         "max_steps": max(lab.get("trainer.max_steps", -1), 0),
     }
+    if lab.get("trainer.early_stopping", False):
+        loop["patience"] = lab.get("trainer.patience", _PATIENCE)
+    elif lab.get("trainer.patience") is not None:
+        lab.assume("trainer.patience has no effect without trainer.early_stopping")
+    if (limit := lab.get("trainer.limit_train_batches")) is not None:
+        lab.assume(
+            f"trainer.limit_train_batches {limit:g} is not followed: epochs are whole (loop.max_steps ends a trial)"
+        )
     epochs = lab.get("trainer.max_epochs", -1)
     if epochs > 0:
         loop["epochs"] = epochs

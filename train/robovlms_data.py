@@ -5,6 +5,7 @@ Knows the loaders of RoboVLMs and its 2-DoF fork: their columns, clipping, filte
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from episodes.reader import CAMERAS
@@ -12,17 +13,18 @@ from train.config import PolicySpec
 from train.robovlms_keys import LabConfig
 
 _AXES = ("linear_x", "linear_y", "angular_z")
-_H5_DATASETS = ("MobileVLAH5Dataset", "NavDataset")
 _PIXEL_NORMS = {
     "clip": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
     "none": ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0]),
 }
+_NAV_LEAST = 10  # frames of an episode that NavDataset reads
 _CROP = 0.1  # the fork draws areas of 80 to 100 %, which are sides of about 90 to 100 %
 
 
 def is_h5(lab: LabConfig) -> bool:
     """Whether the fork's loader of H5 episodes was to read the data."""
-    return any(lab.get(f"{path}.type") in _H5_DATASETS for path in lab.datasets("train_dataset"))
+    kinds = [str(lab.get(f"{path}.type")) for path in lab.datasets("train_dataset")]
+    return any(kind == "NavDataset" or kind.startswith("MobileVLA") for kind in kinds)
 
 
 def data_settings(lab: LabConfig, spec: PolicySpec) -> dict[str, Any]:
@@ -34,14 +36,14 @@ def data_settings(lab: LabConfig, spec: PolicySpec) -> dict[str, Any]:
     fork = is_h5(lab)
     data: dict[str, Any] = {
         "actions": tuple(lab.get("jetvla.action_names", _axes(spec, lab))),
-        "sources": [{"files": [_files(lab, path)]} for path in lab.datasets("train_dataset")],
+        "sources": [_source(lab, path) for path in lab.datasets("train_dataset")],
         "cameras": CAMERAS if lab.get("use_hand_rgb", False) else ("static",),
         "window": spec.window,
         "chunk": spec.chunk,
         "action_range": _action_range(lab, spec, fork=fork),
         "resize": lab.get("jetvla.resize", "bilinear" if fork else "bicubic"),
         "pixel_norm": _pixel_norm(lab, fork=fork),
-        "prompt_template": spec.prompt_template,
+        "prompt_template": lab.get("jetvla.prompt_template", spec.prompt_template),
     }
     if not data["sources"]:
         raise lab.unusable("train_dataset", expected="an object with data_dir, the folder of the H5 episodes")
@@ -65,25 +67,71 @@ def augment_settings(lab: LabConfig) -> dict[str, Any]:
         augment |= {"brightness": 0.4, "contrast": 0.4, "saturation": 0.3, "hue": 0.1}
     if asked("use_random_crop"):
         augment["crop"] = _CROP
+    stops = [lab.get(f"{path}.counterfactual_stop_prob", 0.0) for path in lab.datasets("train_dataset")]
     if len(augment.keys() - {"mirror"}) > 0:
         lab.assume("colours and crop are drawn once for an episode in an epoch, not for each frame")
+    if max(stops, default=0.0) > 0:
+        augment["stop"] = max(stops)
+        lab.assume(
+            "counterfactual_stop_prob: the sentences that stop the robot are augment.stop_words; the loader has its own"
+        )
     return augment
+
+
+def box_annotations(lab: LabConfig) -> Path | None:
+    """The file of box annotations that an auxiliary loss would learn from; None where it is off, or the file is not there.
+
+    Without the file the loader has no boxes, and the loss is nothing.
+    """
+    for path in lab.datasets("train_dataset"):
+        asked = lab.get(f"{path}.grounding_aux") or {}
+        lab.get("grounding_aux")
+        if not asked.get("enabled", False):
+            continue
+        beside = Path(str(lab.get(f"{path}.data_dir", ""))).parent.parent / "docs" / "v5" / "bbox_truth_mini.json"
+        truth = Path(str(asked.get("truth_path", beside)))
+        if truth.exists():
+            return truth
+        lab.assume(f"grounding_aux has no effect: its annotations, {truth}, are not there")
+    return None
 
 
 def _axes(spec: PolicySpec, lab: LabConfig) -> tuple[str, ...]:
     """The recorded columns that the head learns: the fork's loader takes the first two, unless the head has more velocities."""
+    lab.get("act_head.action_dim")
     if spec.head.kind != "velocities":
         return _AXES[:2]
-    lab.get("act_head.action_dim")
     if spec.head.outputs > len(_AXES):
         raise lab.unusable("act_head.action_dim", expected=f"at most {len(_AXES)} velocities: {', '.join(_AXES)}")
     return _AXES[: spec.head.outputs]
 
 
+def _source(lab: LabConfig, path: str) -> dict[str, Any]:
+    """One dataset as a source: its files, and which of them."""
+    source: dict[str, Any] = {"files": [_files(lab, path)]}
+    least = lab.get(f"{path}.min_episode_frames", _NAV_LEAST if lab.get(f"{path}.type") == "NavDataset" else 0)
+    filters = {
+        "exclude": tuple(lab.get(f"{path}.exclude_path_types", ())),
+        "families": tuple(lab.get(f"{path}.include_path_families", ())),
+        "least_frames": least,
+        "curved": lab.get(f"{path}.curvature_only", False),
+        "path_shares": lab.get(f"{path}.path_type_weights", {}),
+        "family_shares": lab.get(f"{path}.path_family_weights", {}),
+    }
+    if filters["path_shares"] and filters["family_shares"]:
+        filters["path_shares"] = {}
+        lab.assume(f"{path}.path_type_weights has no effect beside path_family_weights")
+    if filters["path_shares"] or filters["family_shares"]:
+        lab.assume(
+            f"{path}: shares are of the training part, drawn after the split; the loader draws before it, so that an episode may be in both"
+        )
+    return source | {key: value for key, value in filters.items() if value}
+
+
 def _files(lab: LabConfig, path: str) -> str:
     folder = str(lab.require(f"{path}.data_dir")).rstrip("/")
     kind = lab.get(f"{path}.type", "no type")
-    if kind not in _H5_DATASETS:
+    if not is_h5(lab):
         lab.assume(f"{path}.type {kind} is not read; H5 episodes are looked for in {folder}")
     return f"{folder}/{lab.get(f'{path}.episode_pattern', 'episode_*.h5')}"
 
@@ -132,14 +180,14 @@ def _note_datasets(lab: LabConfig, data: dict[str, Any], *, fork: bool) -> None:
         for key in ("window_size", "fwd_pred_next_n"):
             if (inner := lab.get(f"{path}.{key}", lab.get(key))) != lab.get(key):
                 lab.assume(f"{path}.{key} {inner} differs from {key} {lab.get(key)}, which counts")
-        if (preset := lab.get(f"{path}.instruction_preset")) is not None:
+        if (preset := lab.get(f"{path}.instruction_preset")) not in (None, "default", "center_goal"):
             lab.assume(
-                f"instruction_preset {preset} stands in the fork's code: instructions are those of the files here"
+                f"{path}.instruction_preset {preset}: the loader draws sentences that stand in its code; here the words are those of "
+                "the files"
             )
-        if lab.get(f"{path}.history_dropout_prob", 0) > 0:
-            lab.assume(f"{path}.history_dropout_prob is not done")
-        if lab.get(f"{path}.min_episode_frames") is not None:
-            lab.assume(f"{path}.min_episode_frames is not read: every episode of two frames or more counts")
+        if lab.get(f"{path}.stratified_split", False):
+            lab.assume("stratified_split is what every split is here: left and right are split alike")
+        lab.get(f"{path}.grounding_prefix")
     trained = {_pattern(lab, path) for path in paths}
     others = sorted({_pattern(lab, path) for path in lab.datasets("val_dataset")} - trained)
     if others:

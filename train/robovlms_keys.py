@@ -1,7 +1,6 @@
-"""The keys of RoboVLMs configs: which decide a training run, of which type they are, and which nobody reads.
+"""Reads a lab's RoboVLMs config key by key, checks types, and remembers what was read, what has no effect, and what nobody knows.
 
-Facts about RoboVLMs (8adc1d2) and its 2-DoF fork, whose configs hold some hundred keys of which the code reads a third. A key in neither
-table is unknown, and probably a typing error. What the values mean is in train/robovlms_config.py.
+Which keys there are is in train/robovlms_key_table.py; a key that it lacks is probably a typing error.
 """
 
 from __future__ import annotations
@@ -13,102 +12,22 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bundle.errors import ConfigError
-
-_WHOLE, _NUMBER, _TEXT, _FLAG = "a whole number", "a finite number", "a text", "true or false"
-_NUMBERS, _TEXTS, _TEXT_OR_WHOLE = "a list of numbers", "a list of texts", "a text or a whole number"
-_TEXT_OR_TEXTS = "a text or a list of texts"
-_SECTION, _SECTIONS = "an object", "an object, or a list of objects"
-
-
-def _keys(kind: str, names: str, *, section: str = "") -> dict[str, str]:
-    return {section + name: kind for name in names.split()}
-
-
-_MEANT: dict[str, str] = {
-    **_keys(_WHOLE, "window_size fwd_pred_next_n image_size seed batch_size num_workers warmup_steps"),
-    **_keys(_NUMBER, "learning_rate min_lr_scale weight_decay warmup_epochs gradient_clip_val"),
-    **_keys(_NUMBER, "arm_gripper_loss_ratio norm_min norm_max mu_val"),
-    **_keys(
-        _TEXT,
-        "robovlm_name model exp_name task_name trainer_type scheduler output_root model_load_path model_load_source",
-    ),
-    **_keys(_TEXT, "pretrained_vlm_path resume"),
-    **_keys(
-        _FLAG,
-        "use_hand_rgb use_vision_resampler use_mu_law use_clip_norm tcp_rel regular_action norm_action load_vlm_only",
-    ),
-    **_keys(_NUMBERS, "image_mean image_std"),
-    **_keys(_SECTION, "act_head train_setup vlm trainer fwd_head jetvla"),
-    **_keys(_SECTIONS, "train_dataset val_dataset"),
-    **_keys(_TEXT, "pretrained_model_name_or_path", section="vlm."),
-    **_keys(_TEXT, "type down_sample action_space history_type", section="act_head."),
-    **_keys(_WHOLE, "hidden_size num_layers action_dim num_classes latent", section="act_head."),
-    **_keys(_WHOLE, "instr_in_features text_in_features", section="act_head."),
-    **_keys(_FLAG, "fill_zero", section="act_head."),
-    **_keys(_NUMBER, "policy_rnn_dropout_p", section="act_head."),
-    **_keys(_NUMBERS, "class_weights", section="act_head."),
-    **_keys(
-        _FLAG,
-        "predict_action predict_forward predict_forward_hand predict_caption freeze_backbone lora_enable train_vision "
-        "train_text_embedding gradient_checkpointing tune_mm_projector reinit",
-        section="train_setup.",
-    ),
-    **_keys(_WHOLE, "lora_r lora_decoder_layers train_decoder_layers bits", section="train_setup."),
-    **_keys(_TEXT_OR_TEXTS, "lora_target_modules", section="train_setup."),
-    **_keys(_NUMBER, "lora_alpha lora_dropout", section="train_setup."),
-    **_keys(_TEXT, "lora_bias", section="train_setup."),
-    **_keys(_WHOLE, "max_epochs max_steps accumulate_grad_batches", section="trainer."),
-    **_keys(_NUMBER, "gradient_clip_val", section="trainer."),
-    **_keys(_TEXT_OR_WHOLE, "precision", section="trainer."),
-    **_keys(_TEXT, "packing resize pixel_norm base_sha256", section="jetvla."),
-    **_keys(_NUMBER, "action_minimum action_maximum fps", section="jetvla."),
-    **_keys(_FLAG, "x_attn_causal", section="jetvla."),
-    **_keys(_TEXTS, "action_names", section="jetvla."),
-}
-
-# Of each object in train_dataset and val_dataset.
-_DATASET: dict[str, str] = {
-    **_keys(_TEXT, "type data_dir episode_pattern instruction_preset episode_filter_keyword"),
-    **_keys(_FLAG, "augment abs_action use_color_jitter use_random_crop is_validation"),
-    **_keys(_WHOLE, "window_size fwd_pred_next_n min_episode_frames"),
-    **_keys(_NUMBER, "train_split history_dropout_prob"),
-}
-
-_NOTHING = "anything"
-_UNREAD: dict[str, str] = {
-    **_keys(
-        _NOTHING,
-        "parent model_url model_path model_config seq_len cap_loss_ratio fwd_loss_ratio data_scale optimizer warmup_ratio "
-        "use_time_causal_attn use_mim_obs_loss use_pixel_loss use_obs_queries vision_masked_ratio use_tube_mask log_root cache_root "
-        "log_dir output_dir deepspeed_config gpus num_nodes accelerator strategy discrete_action "
-        "discrete_action_history vision_resampler act_encoder tokenizer llm description inference_mode raw_config_path config data_dir "
-        "annotation_file data_subfolder task_num use_multi_modal_emb no_video_pretrained_model finetune kl_div_ratio clip_norm_ratio "
-        "vl_cotrain_ratio train_weights x_mean x_std",
-    ),
-    **_keys(_NOTHING, "type name", section="vlm."),
-    **_keys(
-        _NOTHING,
-        "fwd_pred_next_n window_size with_history n_bin min_action max_action discrete_action token_source",
-        section="act_head.",
-    ),
-    **_keys(
-        _NOTHING,
-        "precision freeze_resampler mm_use_im_start_end mm_use_im_patch_token mm_projector_lr tune_mm_mlp_adapter freeze_mm_mlp_adapter",
-        section="train_setup.",
-    ),
-    **_keys(
-        _NOTHING,
-        "accelerator strategy logger use_distributed_sampler log_every_n_steps val_check_interval check_val_every_n_epoch "
-        "limit_val_batches num_sanity_val_steps devices num_nodes",
-        section="trainer.",
-    ),
-}
-_DATASET_UNREAD = _keys(
-    _NOTHING, "model_name rgb_pad gripper_pad traj_cons shift_first discrete_action image_size train"
+from bundle.errors import ConfigError, UnsupportedPolicyError
+from train.robovlms_key_table import (
+    ACTS,
+    DATASET_ACTS,
+    DATASET_NO_EFFECT,
+    DATASET_REFUSED,
+    DATASETS,
+    NO_EFFECT,
+    NUMBER,
+    REFUSED,
+    TEXTS,
+    WHOLE,
+    is_comment,
 )
-_DATASETS = ("train_dataset", "val_dataset")
-_SECTIONS_READ = frozenset({"act_head", "train_setup", "vlm", "trainer", "jetvla", *_DATASETS})
+
+_SECTIONS_READ = frozenset({"act_head", "train_setup", "vlm", "trainer", "jetvla", *DATASETS})
 _INDEX = re.compile(r"\[\d+\]")
 _CUTOFF = 0.75
 
@@ -196,6 +115,34 @@ class LabConfig:
             return tuple(f"{key}[{index}]" for index in range(len(value)))
         return () if value is None else (key,)
 
+    def refuse(self, *others: tuple[str, object, str]) -> None:
+        """Refuse all that asks for what jetvla does not do, at once.
+
+        Args:
+            others: (path, value, what is trained instead), found by looking at several keys.
+
+        Raises:
+            UnsupportedPolicyError: names every key.
+        """
+        found = list(others)
+        for path in self._leaves:
+            key, dataset = _of_dataset(path)
+            rule = (DATASET_REFUSED if dataset else REFUSED).get(key)
+            if rule is None or path.startswith("val_dataset"):
+                continue
+            value = self.get(path)
+            if value is not None and not rule.harmless(value):
+                found.append((path, value, rule.instead))
+        if not found:
+            return
+        first, value, instead = found[0]
+        more = "".join(f"; and {path} = {other!r}, for which: {rule}" for path, other, rule in found[1:])
+        raise UnsupportedPolicyError(
+            f"{self._origin}: {first} = {value!r}, which jetvla does not train",
+            expected=f"{instead}{more}",
+            hint="change the key if the policy can do without; nothing was written.",
+        )
+
     def notes(self) -> Notes:
         """What was not read, and what was assumed."""
         unknown = self._unknown()
@@ -206,7 +153,7 @@ class LabConfig:
 
     def _unknown(self) -> list[tuple[str, str | None]]:
         """Keys that RoboVLMs does not know, each with the nearest one that it does."""
-        strange = (path for path in self._leaves if _kind(path) is None and not _is_unread(path))
+        strange = (path for path in self._leaves if _kind(path) is None and why_no_effect(path) is None)
         return [(path, _nearest(path)) for path in strange]
 
 
@@ -214,7 +161,7 @@ def _leaves(section: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]
     """(dotted path, value) of every key; sections that nobody reads, and those that nobody knows, are one leaf."""
     for key, value in section.items():
         path = f"{prefix}{key}"
-        items = value if path in _DATASETS and isinstance(value, list) else [value]
+        items = value if path in DATASETS and isinstance(value, list) else [value]
         if path in _SECTIONS_READ and value is not None and all(isinstance(item, dict) for item in items):
             for index, item in enumerate(items):
                 yield from _leaves(item, f"{path}[{index}]." if items is value else f"{path}.")
@@ -224,31 +171,41 @@ def _leaves(section: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]
 
 def _kind(path: str) -> str | None:
     """The type of a known key that means something."""
-    section, _, key = _INDEX.sub("", path).partition(".")
-    return _DATASET.get(key) if section in _DATASETS and key else _MEANT.get(path)
+    key, dataset = _of_dataset(path)
+    acts, refused = (DATASET_ACTS, DATASET_REFUSED) if dataset else (ACTS, REFUSED)
+    return acts.get(key) or (refused[key].kind if key in refused else None)
 
 
-def _is_unread(path: str) -> bool:
-    """Whether a key is known, and known to mean nothing. Labs write comments as keys with a leading underscore."""
-    section, _, key = _INDEX.sub("", path).partition(".")
-    if (key or section).startswith("_"):
-        return True
-    return key in _DATASET_UNREAD if section in _DATASETS and key else path in _UNREAD
+def why_no_effect(path: str) -> str | None:
+    """Why a key has no effect, or None if it is not known to have none."""
+    key, dataset = _of_dataset(path)
+    if is_comment(key.rpartition(".")[2]):
+        return "a comment"
+    return (DATASET_NO_EFFECT if dataset else NO_EFFECT).get(key)
+
+
+def _of_dataset(path: str) -> tuple[str, bool]:
+    """The key as the tables have it, and whether it is one of a dataset's."""
+    plain = _INDEX.sub("", path)
+    section, _, key = plain.partition(".")
+    return (key, True) if section in DATASETS and key else (plain, False)
 
 
 def _nearest(path: str) -> str | None:
     """The known key that was probably meant: nearly that name in the section, else that very name elsewhere."""
     section, _, leaf = path.rpartition(".")
     plain = _INDEX.sub("", section)
-    known = list(_DATASET) if plain in _DATASETS else [key.removeprefix(f"{plain}.") for key in _below(plain)]
+    known = (
+        [*DATASET_ACTS, *DATASET_REFUSED] if plain in DATASETS else [key.rpartition(".")[2] for key in _below(plain)]
+    )
     near = difflib.get_close_matches(leaf, known, n=1, cutoff=_CUTOFF)
     if near:
         return f"{section}.{near[0]}" if section else near[0]
-    return next((key for key in _MEANT if key.rpartition(".")[2] == leaf), None)
+    return next((key for key in (*ACTS, *REFUSED) if key.rpartition(".")[2] == leaf), None)
 
 
 def _below(section: str) -> list[str]:
-    return [key for key in _MEANT if key.rpartition(".")[0] == section]
+    return [key for key in (*ACTS, *REFUSED) if key.rpartition(".")[0] == section]
 
 
 def _fits(value: object, kind: str) -> bool:
@@ -262,12 +219,12 @@ def _fits(value: object, kind: str) -> bool:
         case "true or false":
             return isinstance(value, bool)
         case "a list of numbers":
-            return isinstance(value, list) and all(_fits(item, _NUMBER) for item in value)
+            return isinstance(value, list) and all(_fits(item, NUMBER) for item in value)
         case "a list of texts":
             return isinstance(value, list) and all(isinstance(item, str) for item in value)
-        case "a text or a list of texts":
-            return isinstance(value, str) or _fits(value, _TEXTS)
         case "a text or a whole number":
-            return isinstance(value, str) or _fits(value, _WHOLE)
+            return isinstance(value, str) or _fits(value, WHOLE)
+        case "a text or a list of texts":
+            return isinstance(value, str) or _fits(value, TEXTS)
         case _:
             return isinstance(value, dict)

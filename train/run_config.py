@@ -55,12 +55,25 @@ class SourceConfig(_Strict, frozen=True):
         kind: what they are; the run records how many frames of each kind it saw.
         schema: of HDF5 files, where it is recognised wrongly.
         instruction: what the robot was told, for files that do not say.
+        exclude: files whose name holds one of these are left out.
+        families: only files of these; a family is what stands between `_target_` and `_path` in a name.
+        least_frames: shorter episodes are left out.
+        curved: leave out episodes that drive straight ahead all the way.
+        path_shares: share of the training episodes by the first of straight, left, right that a name holds, else other. What has no
+            share is left out; too few are repeated.
+        family_shares: the same by family.
     """
 
     files: tuple[str, ...]
     kind: Kind = "real"
     schema: Literal["v1", "v5", "v6"] | None = None
     instruction: str | None = None
+    exclude: tuple[str, ...] = ()
+    families: tuple[str, ...] = ()
+    least_frames: NotNegative = 0
+    curved: bool = False
+    path_shares: dict[str, Share] = {}
+    family_shares: dict[str, Share] = {}
 
 
 class DataConfig(_Strict, frozen=True):
@@ -108,6 +121,9 @@ class AugmentConfig(_Strict, frozen=True):
         blur: largest radius of a Gaussian blur, in pixels of the resized frame.
         crop: largest share of width and height that is cut off (then resized back).
         share: share of views that are changed at all by colour, blur and crop.
+        stop: share of windows that are told one of stop_words instead of what was recorded, and whose actions are then zeros: words
+            that are obeyed must be heard.
+        stop_words: what such windows are told.
     """
 
     mirror: Share = 0.0
@@ -118,6 +134,8 @@ class AugmentConfig(_Strict, frozen=True):
     blur: AtLeastZero = 0.0
     crop: Annotated[float, Meta(ge=0.0, le=0.5)] = 0.0
     share: Share = 1.0
+    stop: Share = 0.0
+    stop_words: tuple[str, ...] = ("Stop", "Stop moving", "Stay where you are", "Do not move", "정지", "멈춰")
 
     @property
     def changes_pixels(self) -> bool:
@@ -190,11 +208,19 @@ class LossConfig(_Strict, frozen=True):
         huber_delta: where Huber turns linear, in normalised units.
         gripper_ratio: weight of the gripper's BCE beside the arm's Huber.
         class_weights: `balanced` weights classes by the inverse of their share in the training set; or one weight per class.
+        label_smoothing: share of a class label that is spread over all classes.
+        non_forward: weight of actions that do not drive straight ahead (more than half speed, less than a fifth sideways), for velocities.
+        class_prior: share of each class that predictions should have on average; see prior_weight.
+        prior_weight: weight of the divergence of a batch's mean prediction from class_prior; 0 turns it off.
     """
 
     huber_delta: AboveZero = 1.0
     gripper_ratio: AtLeastZero = 0.01
     class_weights: Literal["none", "balanced"] | tuple[AtLeastZero, ...] = "balanced"
+    label_smoothing: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
+    non_forward: AboveZero = 1.0
+    class_prior: tuple[AtLeastZero, ...] = ()
+    prior_weight: AtLeastZero = 0.0
 
 
 class OptimizerConfig(_Strict, frozen=True):

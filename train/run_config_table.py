@@ -13,8 +13,17 @@ from typing import Any, Literal
 
 import msgspec
 
+from train.robovlms_key_table import ACTS, DATASET_ACTS, DATASET_NO_EFFECT, DATASET_REFUSED, NO_EFFECT, REFUSED
 from train.run_config import RunConfig, SourceConfig
 
+_DATASET = "*_dataset"
+_LAB_INTRO = """## Keys of RoboVLMs configs
+
+What a key of RoboVLMs, its 2-DoF fork or the lab's navigation package does when its config is trained here. A key acts as the code acts
+that reads it there; one that would change what is learned, and that jetvla does not do, is refused, all of them at once. Keys that are in
+no row are read by none of these trainers: they are listed as unknown, with the key that may have been meant. Keys that start with an
+underscore, or are called `comment`, are comments.
+"""
 _INTRO = """# Training config: every key
 
 A run is described by a TOML file (or JSON with the same keys). `python train/finetune.py CONFIG` reads it; a setting that is not in the
@@ -48,8 +57,20 @@ This page is made from the code: `python train/run_config_table.py > docs/traini
 
 def config_table() -> str:
     """docs/training-config.md as it should be."""
-    sections = [_INTRO, *_sections(RunConfig, "")]
-    return "\n".join(sections)
+    return "\n".join([_INTRO, *_sections(RunConfig, ""), *_lab_keys()])
+
+
+def _lab_keys() -> list[str]:
+    """The fate of every key of a RoboVLMs config, dataset sections once."""
+    acts = {**ACTS, **{f"{_DATASET}.{key}": kind for key, kind in DATASET_ACTS.items()}}
+    refused = {**REFUSED, **{f"{_DATASET}.{key}": rule for key, rule in DATASET_REFUSED.items()}}
+    nothing = {**NO_EFFECT, **{f"{_DATASET}.{key}": why for key, why in DATASET_NO_EFFECT.items()}}
+    rows = [f"| `{key}` | acts | {kind} |" for key, kind in acts.items()]
+    rows += [
+        f"| `{key}` | refused, if set | {rule.kind}; trained is: {rule.instead} |" for key, rule in refused.items()
+    ]
+    rows += [f"| `{key}` | no effect | {why} |" for key, why in nothing.items()]
+    return ["\n".join([_LAB_INTRO, "| key | fate | value, or why |", "|---|---|---|", *sorted(rows), ""])]
 
 
 def _sections(kind: type[msgspec.Struct], path: str) -> list[str]:
@@ -104,6 +125,8 @@ def _values(annotation: Any) -> str:
         words = [_values(option) for option in options if option is not Ellipsis]
         # "list of numbers >= 0"
         return "list of " + re.sub(r"^\w+", r"\g<0>s", words[0]) if Ellipsis in options else f"[{', '.join(words)}]"
+    if origin is dict:
+        return f"section of {_values(options[1])}"
     if _struct(annotation) is not None:
         return "section"
     names = {bool: "`true`, `false`", int: "whole number", float: "number", str: "text"}
@@ -118,8 +141,8 @@ def _bounds(meta: msgspec.Meta) -> str:
 
 def _default(field: Any) -> str:
     if field.default is msgspec.NODEFAULT:
-        return "required"
-    if field.default is None:
+        return "required" if field.default_factory is msgspec.NODEFAULT else "none"
+    if field.default is None or field.default == ():
         return "none"
     value = field.default
     if isinstance(value, bool):

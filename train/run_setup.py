@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bundle.errors import BaseWeightsError
+from bundle.errors import BaseWeightsError, ConfigError
 from bundle.tokenization import tokenize
 from episodes.reader import CAMERAS
 from train.augmentation import Augmenter
 from train.base import base_weights, read_base_config, tensors_sha256
 from train.batches import classes_of
+from train.episode_choice import weighted
 from train.episode_files import find_files
 from train.episode_set import TrainingEpisode, read_episodes
 from train.facts import TrainingFacts
@@ -165,7 +166,16 @@ def gather(loaded: LoadedConfig, bar: Bar = no_bar) -> Gathered:
         else draw_split(episodes, val_share=config.data.val_share, seed=config.data.split_seed)
     )
     train, val = part_episodes(episodes, split)
-    texts = instructions_of(episodes)
+    train = weighted(train, config.data.sources, seed=config.loop.seed)
+    if not train:
+        raise ConfigError(
+            "the shares of data.sources leave nothing to train on",
+            got="; ".join(str({**source.path_shares, **source.family_shares}) for source in config.data.sources),
+            expected="shares of groups that there are",
+            hint="path_shares are of straight, left, right and other; family_shares of what stands between _target_ and _path.",
+        )
+    augment = config.augment
+    texts = (*instructions_of(episodes), *(augment.stop_words if augment.stop > 0 else ()))
     cameras = tuple(camera for camera in CAMERAS if camera in config.data.cameras)
     template = config.data.prompt_template
     return Gathered(
@@ -266,9 +276,21 @@ def loss_spec(config: RunConfig, train: tuple[TrainingEpisode, ...]) -> LossSpec
         if stated == "balanced":
             classes = np.concatenate([classes_of(episode.actions, config.data.actions) for episode in train])
             weights = balanced_weights(classes, _CLASSES)
+        elif stated == "none":
+            weights = (1.0,) * _CLASSES
         else:
-            weights = (1.0,) * _CLASSES if stated == "none" else tuple(float(weight) for weight in stated)
-    return LossSpec(config.model.head, config.loss.huber_delta, config.loss.gripper_ratio, weights)
+            weights = tuple(float(weight) for weight in stated)
+    loss = config.loss
+    return LossSpec(
+        config.model.head,
+        loss.huber_delta,
+        loss.gripper_ratio,
+        weights,
+        loss.label_smoothing,
+        loss.non_forward,
+        loss.class_prior,
+        loss.prior_weight,
+    )
 
 
 def _source(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from train.draws import draw_number, draw_uniform
 from train.run_config import AugmentConfig, LoopConfig
@@ -24,11 +24,13 @@ class View:
         episode: index into the tuple of episodes.
         mirrored: image, lateral actions and words.
         draw: the number that decides colours, blur and crop; None leaves them as recorded.
+        told: words that stop the robot instead of the episode's own; its actions are then zeros. None is as recorded.
     """
 
     episode: int
     mirrored: bool
     draw: int | None
+    told: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,10 @@ def epoch_plan(
     for view, length in zip(views, lengths, strict=True):
         starts = window_starts(length, window)
         for first in starts[:: loop.windows_per_episode]:
-            run = tuple(Window(view, start) for start in starts[first : first + loop.windows_per_episode])
+            run = tuple(
+                Window(_told(view, start, augment, loop.seed, epoch), start)
+                for start in starts[first : first + loop.windows_per_episode]
+            )
             runs.append((draw_number("order", loop.seed, epoch, view.episode, first), run))
     runs.sort(key=lambda run: (run[0], run[1][0].view.episode, run[1][0].start))
     windows = [each for _, run in runs for each in run]
@@ -86,6 +91,14 @@ def epoch_views(episodes: int, seed: int, augment: AugmentConfig, *, epoch: int)
         View(index, index in mirrored, draw_number("view", seed, epoch, index) if index in changed else None)
         for index in range(episodes)
     )
+
+
+def _told(view: View, start: int, augment: AugmentConfig, seed: int, epoch: int) -> View:
+    """The view of a window, of which a share is told to stop."""
+    if draw_uniform("stop", seed, epoch, view.episode, start) >= augment.stop:
+        return view
+    words = augment.stop_words
+    return replace(view, told=words[draw_number("words", seed, epoch, view.episode, start) % len(words)])
 
 
 def _chosen(episodes: int, share: float, what: str, seed: int, epoch: int) -> frozenset[int]:

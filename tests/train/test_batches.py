@@ -321,3 +321,17 @@ def test_workers_leave_signals_to_the_main_process(drawn: Set, sent: signal.Sign
     finally:
         signal.signal(signal.SIGTERM, before)
     assert set(multiprocessing.active_children()) <= others
+
+
+def test_a_window_that_is_told_to_stop_stands_still(drawn: Set) -> None:
+    stopped = dataclasses.replace(RECORDED, told="Stop")
+    batch = drawn.batch(Window(RECORDED, 0), Window(stopped, 0))
+
+    assert set(batch.instructions) == {drawn.episodes[0].instruction, "Stop"}
+    assert np.any(batch.physical[0] != 0)
+    assert not np.any(batch.physical[1])
+    assert np.any(batch.mask[1])
+    assert_array_equal(batch.mask[1], batch.mask[0])
+    assert not np.any(batch.classes[1])  # the class that stands still
+    words = [batch.instructions[batch.instruction_of[frame]] for frame in batch.frame_of[1]]
+    assert set(words) == {"Stop"}

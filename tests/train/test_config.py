@@ -189,7 +189,7 @@ def test_an_unknown_head_is_refused_with_the_known_ones(config: Config) -> None:
         policy_spec(config)
     assert str(caught.value) == (
         "unknown action head 'GPTDecoder'\n"
-        "  expected: LSTMDecoder, MobileVLALSTMDecoder, MobileVLAClassificationDecoder\n"
+        "  expected: LSTMDecoder, MobileVLALSTMDecoder, MobileVLAClassificationDecoder, NavPolicyRegression, NavPolicy\n"
         "\n"
         "hint: only LSTM heads are built; FCDecoder, GPTDecoder and diffusion heads are not."
     )

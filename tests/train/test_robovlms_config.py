@@ -110,7 +110,6 @@ def test_every_ignored_key_is_listed_once() -> None:
     assert notes.unknown == (
         "train_setup.lora_rank: did you mean train_setup.lora_r?",
         "learnig_rate: did you mean learning_rate?",
-        "max_epochs: did you mean trainer.max_epochs?",
     )
     for key in (
         "learning_rate",

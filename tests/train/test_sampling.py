@@ -142,3 +142,18 @@ def test_a_process_without_work_gets_empty_batches() -> None:
     assert [shard((a,), rank, 3) for rank in range(3)] == [(a,), ((),), ((),)]
     with pytest.raises(ValueError, match="rank must be 0 to 1"):
         shard((a,), 2, 2)
+
+
+def test_a_share_of_windows_is_told_to_stop() -> None:
+    augment = AugmentConfig(mirror=0.5, stop=0.3, stop_words=("Stop", "Halt"))
+    told = Counter(
+        window.view.told
+        for epoch in range(4)
+        for window in windows_of(epoch_plan([60] * 10, LoopConfig(), augment, window=4, epoch=epoch))
+    )
+    total = sum(told.values())
+    assert 0.25 < (told["Stop"] + told["Halt"]) / total < 0.35
+    assert min(told["Stop"], told["Halt"]) > total // 10
+    plan = epoch_plan([60] * 10, LoopConfig(), augment, window=4, epoch=1)
+    assert plan == epoch_plan([60] * 10, LoopConfig(), augment, window=4, epoch=1)
+    assert plan != epoch_plan([60] * 10, LoopConfig(), augment, window=4, epoch=2)
