@@ -73,16 +73,22 @@ class Recording:
 
 
 def survey(
-    sources: Iterable[Path], action: Action, *, instruction: str | None, template: str = RAW
+    sources: Iterable[Path],
+    action: Action,
+    *,
+    instruction: str | None,
+    template: str = RAW,
+    cameras: Sequence[str] = ("static",),
 ) -> tuple[tuple[Recording, ...], tuple[str, ...]]:
     """The episodes that have an instruction, in the order of their names, and a line for each that has none.
 
     Args:
         instruction: for all of them, instead of their own.
         template: of the policy's prompt; one without words needs no instruction.
+        cameras: that each must have.
 
     Raises:
-        EpisodeError: a file is damaged, was recorded on another robot, or no episode has an instruction.
+        EpisodeError: a file is damaged, was recorded on another robot, lacks a camera, or no episode has an instruction.
     """
     required = recorded_axes(action)
     found: list[Recording] = []
@@ -99,6 +105,7 @@ def survey(
                     hint="calibrate on episodes of the robot that the policy drives; if it is that robot, state the policy's axes "
                     "when building: --action-names ...",
                 )
+            episode.require_cameras(cameras)
             said = told(template, instruction, episode.instruction)
             if said is None:
                 notes.append(f"{source.name}: left out, it has no instruction")

@@ -52,13 +52,6 @@ def read_data(config: QuantizeConfig, manifest: Manifest, reporter: Reporter) ->
     """
     if not config.episodes:
         return _made_up(config, manifest, reporter)
-    if len(manifest.preprocessing.cameras) != 1:
-        raise EpisodeError(
-            "recordings show one camera, and the policy has several",
-            got=f"a policy of {', '.join(manifest.preprocessing.cameras)} cameras",
-            expected="a policy of one camera",
-            hint="without EPISODES, --allow-random tries speed and memory; accuracy cannot be judged on such recordings.",
-        )
     sources = find_sources(config.episodes)
     with reporter.count_bar("looking at frames", 4 * config.frames) as advance:
         sample = draw(

@@ -16,21 +16,20 @@ from numpy.typing import NDArray
 from bundle.manifest import Manifest
 from calib.candidates import opened
 from calib.sample import Chosen, Sample, Stretch
+from episodes.reader import Episode
 from runtime.preprocess import resize
 
 
 def calibration_frames(sample: Sample, manifest: Manifest) -> Iterator[tuple[Chosen, NDArray[np.uint8]]]:
     """Each calibration frame as uint8 [cameras, s, s, 3], one at a time; each file is opened once.
 
-    An episode has one camera: as in a replay, a policy with several gets the same picture for each.
-
     Raises:
-        EpisodeError: a file is gone or damaged.
+        EpisodeError: a file is gone or damaged, or has a camera too few.
     """
     for source, group in groupby(sample.calibration, key=lambda chosen: chosen.source):
         with opened(source) as episode:
             for chosen in group:
-                yield chosen, _as_seen(episode.frame(chosen.frame), manifest)
+                yield chosen, _as_seen(episode, chosen.frame, manifest)
 
 
 def stretch_frames(stretch: Stretch, manifest: Manifest) -> NDArray[np.uint8]:
@@ -40,7 +39,7 @@ def stretch_frames(stretch: Stretch, manifest: Manifest) -> NDArray[np.uint8]:
         EpisodeError: the file is gone or damaged.
     """
     with opened(stretch.source) as episode:
-        return np.stack([_as_seen(episode.frame(index), manifest) for index in range(stretch.start, stretch.stop)])
+        return np.stack([_as_seen(episode, index, manifest) for index in range(stretch.start, stretch.stop)])
 
 
 def frames_sha256(frames: Iterable[tuple[Chosen | str, NDArray[np.uint8]]]) -> str:
@@ -75,6 +74,6 @@ def random_sample(manifest: Manifest, *, frames: int, seed: int) -> list[NDArray
     return sample
 
 
-def _as_seen(frame: NDArray[np.uint8], manifest: Manifest) -> NDArray[np.uint8]:
-    picture = resize(frame, manifest.preprocessing, manifest.dimensions.image_size)
-    return np.repeat(picture[None], len(manifest.preprocessing.cameras), axis=0)
+def _as_seen(episode: Episode, index: int, manifest: Manifest) -> NDArray[np.uint8]:
+    preprocessing, size = manifest.preprocessing, manifest.dimensions.image_size
+    return np.stack([resize(view, preprocessing, size) for view in episode.views(index, preprocessing.cameras)])

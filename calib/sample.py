@@ -119,7 +119,13 @@ def draw(
             expected=f"at least {LEAST_FRAMES}",
             hint="64 are enough for most policies; more take longer and change little.",
         )
-    recordings, notes = survey(sources, manifest.action, instruction=instruction, template=manifest.prompt.template)
+    recordings, notes = survey(
+        sources,
+        manifest.action,
+        instruction=instruction,
+        template=manifest.prompt.template,
+        cameras=manifest.preprocessing.cameras,
+    )
     window = manifest.dimensions.window
     look = _Look(advance)
     dark: tuple[Recording, ...] = ()

@@ -89,13 +89,16 @@ class FrameSource:
         )
 
 
-def open_frames(file: h5py.File, schema: Schema, path: Path) -> FrameSource:
+def open_frames(file: h5py.File, schema: Schema, path: Path, name: str | None = None) -> FrameSource:
     """Find the images and check their type and shape; reads no image.
+
+    Args:
+        name: of the dataset; by default that of the schema's only camera.
 
     Raises:
         EpisodeError: no images dataset, wrong dtype or rank, unknown encoding, or no frames.
     """
-    name = IMAGES[schema]
+    name = name or IMAGES[schema]
     dataset = require_dataset(file, name, path)
     shape: tuple[int, ...] = dataset.shape or ()
     encoding: Encoding

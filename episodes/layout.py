@@ -9,7 +9,8 @@ The recorder changed three times and never wrote a version, so the schema is sni
 4. a dataset `images` otherwise                          -> "v1".
 
 V1 and V6 hold the same datasets but V1 frames are RGB and V6 frames BGR, which is why rule 3 must not be guessed. An
-explicit schema overrides the whole rule. Knows where things are; does not read them.
+explicit schema overrides the whole rule. No recorder of these had a hand camera; where a file has one, its images stand beside the others,
+stored as they are. Knows where things are; does not read them.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ Schema = Literal["v1", "v5", "v6"]
 SCHEMAS: tuple[Schema, ...] = get_args(Schema)
 
 IMAGES: dict[Schema, str] = {"v1": "images", "v5": "observations/images", "v6": "images"}
+HAND_IMAGES: dict[Schema, str] = {"v1": "hand_images", "v5": "observations/hand_images", "v6": "hand_images"}
 ACTIONS = "actions"
 EVENT_TYPES = "action_event_types"
 ACTION_CLASSES = "action_classes"

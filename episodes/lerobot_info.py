@@ -7,6 +7,7 @@ Needs no pyarrow. Knows nothing about tables and videos.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -22,6 +23,7 @@ _MOST_EPISODES = 1_000_000
 _CONVERT = (
     "convert it with lerobot's own script: python -m lerobot.datasets.v30.convert_dataset_v21_to_v30 --repo-id=..."
 )
+_HAND = re.compile(r"(?i)hand|wrist|gripper")
 # Other names under which robots record the three velocities, in the same units; all else keeps its name.
 _AXES = {
     "linear_x": "linear_x",
@@ -65,12 +67,13 @@ class Info:
     video_path: str | None
 
     def camera(self, name: str | None) -> Camera:
-        """The camera of that name, or the only one.
+        """The camera of that name, or the only one that is not a hand's.
 
         Raises:
             EpisodeError: there is none of that name, or several where none was named.
         """
-        chosen = [camera for camera in self.cameras if name in (None, camera.name)]
+        hand = self.hand() if name is None else None
+        chosen = [camera for camera in self.cameras if name in (None, camera.name) and camera != hand]
         if len(chosen) == 1:
             return chosen[0]
         names = ", ".join(camera.name for camera in self.cameras) or "none"
@@ -80,10 +83,15 @@ class Info:
             else f"{self.folder} has no camera {name!r}",
             got=names,
             expected="one camera, or the name of one" if name is None else "a camera of the dataset",
-            hint=f"pass camera={self.cameras[0].name!r}; training wants a dataset with one camera."
+            hint=f"pass camera={self.cameras[0].name!r}; training wants one camera, or a second one named hand, wrist or gripper."
             if self.cameras
             else "a policy needs images: leave this dataset out.",
         )
+
+    def hand(self) -> Camera | None:
+        """The second of two cameras, where its name says that it is at the hand and that of the other does not."""
+        hands = [camera for camera in self.cameras if _HAND.search(camera.name)]
+        return hands[0] if len(self.cameras) == 2 and len(hands) == 1 else None
 
     def data_file(self, chunk: int, file: int) -> Path:
         """The table of `chunk` and `file`."""

@@ -51,6 +51,7 @@ class LeRobotDataset:
     camera: Camera
     _entries: tuple[_Entry, ...] = field(repr=False)
     _tasks: dict[int, str] = field(repr=False)
+    _hand: LeRobotDataset | None = field(default=None, repr=False)
     _tables: dict[Path, pa.Table] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
@@ -64,13 +65,7 @@ class LeRobotDataset:
         """
         name, entry, first = self._locate(index)
         rows = self._table(entry.data).slice(first, entry.length)
-        frames: Any
-        if entry.video is not None:
-            from episodes.lerobot_video import VideoFrames  # needs av, which datasets without videos do not
-
-            frames = VideoFrames(name, entry.video, entry.video_start, self.info.fps, entry.length)
-        else:
-            frames = TableFrames(name, entry.data, self.camera.name, first, entry.length)
+        frames = self._frames(name, entry, first)
         instruction = self._instruction(name, rows)
         return Episode(
             path=Path(name),
@@ -85,11 +80,21 @@ class LeRobotDataset:
             action_classes=None,
             _file=frames,
             _frames=frames,
+            _hand=None if self._hand is None else self._hand._frames(name, self._hand._entries[index], first),
         )
 
-    def video_file(self, index: int) -> Path | None:
-        """The video that holds the frames of episode `index`, or None where they are in the table."""
-        return self._entries[index].video
+    def _frames(self, name: str, entry: _Entry, first: int) -> Any:
+        """What reads the images of an episode."""
+        if entry.video is None:
+            return TableFrames(name, entry.data, self.camera.name, first, entry.length)
+        from episodes.lerobot_video import VideoFrames  # needs av, which datasets without videos do not
+
+        return VideoFrames(name, entry.video, entry.video_start, self.info.fps, entry.length)
+
+    def video_files(self, index: int) -> tuple[Path, ...]:
+        """The videos that hold the frames of episode `index`; none where they are in the table."""
+        own = self._entries[index].video
+        return (() if own is None else (own,)) + (() if self._hand is None else self._hand.video_files(index))
 
     def sha256(self, index: int, file_sha256: Callable[[Path], str]) -> str:
         """Hex sha256 of what an episode says: actions, axes, instruction, rate, and images as they are stored.
@@ -113,6 +118,8 @@ class LeRobotDataset:
         else:
             for image in TableFrames(name, entry.data, self.camera.name, first, entry.length).stored():
                 digest.update(hashlib.sha256(image or b"").digest())
+        if self._hand is not None:
+            digest.update(self._hand.sha256(index, file_sha256).encode())
         return digest.hexdigest()
 
     def _locate(self, index: int) -> tuple[str, _Entry, int]:
@@ -191,9 +198,12 @@ def open_dataset(folder: Path, camera: str | None) -> LeRobotDataset:
     """See episodes.lerobot.open_lerobot."""
     info = read_info(folder)
     chosen = info.camera(camera)
-    if chosen.is_video:
+    beside = info.hand() if camera is None else None
+    if chosen.is_video or (beside is not None and beside.is_video):
         import episodes.lerobot_video  # noqa: F401 - so that a missing av is said now
-    return LeRobotDataset(info, chosen, _read_entries(info, chosen), _read_tasks(folder))
+    tasks = _read_tasks(folder)
+    hand = None if beside is None else LeRobotDataset(info, beside, _read_entries(info, beside), tasks)
+    return LeRobotDataset(info, chosen, _read_entries(info, chosen), tasks, hand)
 
 
 def _read_entries(info: Info, camera: Camera) -> tuple[_Entry, ...]:

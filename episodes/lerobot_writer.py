@@ -109,6 +109,7 @@ def _plan(paths: Sequence[Path], fps: float | None) -> _Plan:
     names: tuple[str, ...] | None = None
     for path in paths:
         with _open(path) as episode:
+            episode.refuse_hand("the export to LeRobot")
             names = names or episode.action_names
             if episode.action_names != names:
                 raise _differ(path, "axes", ", ".join(episode.action_names), ", ".join(names))

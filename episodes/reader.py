@@ -14,25 +14,29 @@ drove well.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Protocol
 
+import h5py
 import numpy as np
 import numpy.typing as npt
 
+from bundle.errors import EpisodeError
 from episodes.actions import ACTION_NAMES, read_action_classes, read_actions, read_event_types
 from episodes.attributes import frame_rate, read_attributes
 from episodes.container import open_container, reading
-from episodes.frames import open_frames
+from episodes.frames import FrameSource, open_frames
 from episodes.instruction import EpisodeWarning, InstructionSource, read_stored_instruction, resolve_instruction
-from episodes.layout import SCHEMAS, Schema, detect_schema
+from episodes.layout import HAND_IMAGES, SCHEMAS, Schema, detect_schema
 from episodes.lerobot import open_lerobot, split_name
 from episodes.recording import open_recording, split_recording
 
-__all__ = ["Episode", "EpisodeWarning", "InstructionSource", "Schema", "open_episode"]
+__all__ = ["CAMERAS", "Episode", "EpisodeWarning", "InstructionSource", "Schema", "open_episode"]
+
+CAMERAS = ("hand", "static")  # upstream's order of image tokens
 
 
 class _Storage(Protocol):
@@ -80,24 +84,66 @@ class Episode:
     action_classes: npt.NDArray[np.int64] | None
     _file: _Storage = field(repr=False)
     _frames: _Frames = field(repr=False)
+    _hand: _Frames | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.actions)
 
-    def frame(self, index: int) -> npt.NDArray[np.uint8]:
-        """Frame `index` as a new uint8 [H, W, 3] RGB array; the only call that reads an image.
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """What it shows, in the order in which policies see it."""
+        return ("static",) if self._hand is None else CAMERAS
+
+    def require_cameras(self, cameras: Sequence[str]) -> None:
+        """Nothing, if the episode has these.
+
+        Raises:
+            EpisodeError: it lacks one. What a hand would have seen is never made up.
+        """
+        if missing := [camera for camera in cameras if camera not in self.cameras]:
+            raise EpisodeError(
+                f"{self.path} has no {' and no '.join(missing)} camera",
+                got=", ".join(self.cameras),
+                expected=", ".join(cameras),
+                hint="such episodes hold hand_images beside images, or are LeRobot datasets with a second camera named hand, wrist or "
+                "gripper.",
+            )
+
+    def refuse_hand(self, by: str) -> None:
+        """Nothing, unless there is a hand camera, whose images `by` would lose.
+
+        Raises:
+            EpisodeError: there is one.
+        """
+        if "hand" in self.cameras:
+            raise EpisodeError(
+                f"{self.path} has a hand camera",
+                expected="one camera",
+                hint=f"{by} does not write a second camera; train on the episode as it is.",
+            )
+
+    def frame(self, index: int, camera: str = "static") -> npt.NDArray[np.uint8]:
+        """Frame `index` as a new uint8 [H, W, 3] RGB array; with `views` the only call that reads an image.
 
         Raises:
             IndexError: not 0 <= index < len(episode).
             ValueError: the episode is closed.
-            EpisodeError: the frame is damaged.
+            EpisodeError: the frame is damaged, or there is no such camera.
         """
         position = operator.index(index)
         if not 0 <= position < len(self):
             raise IndexError(f"frame {position} of an episode with {len(self)} frames")
         if not self._file:
             raise ValueError(f"episode is closed: {self.path}")
-        return self._frames.read(position)
+        if camera == "static":
+            return self._frames.read(position)
+        self.require_cameras((camera,))
+        assert self._hand is not None
+        return self._hand.read(position)
+
+    def views(self, index: int, cameras: Sequence[str]) -> list[npt.NDArray[np.uint8]]:
+        """Frame `index` of each of the cameras; raises as `frame`."""
+        return [self.frame(index, camera) for camera in cameras]
 
     def jpeg(self, index: int) -> bytes | None:
         """Frame `index` as the JPEG file in which it is stored, not decoded and so not checked; None where frames are stored raw.
@@ -150,6 +196,7 @@ def open_episode(path: str | Path, *, schema: Schema | None = None) -> Episode:
         with reading(path, "its structure"):
             known = schema or detect_schema(file, path)
             frames = open_frames(file, known, path)
+            hand = _open_hand(file, known, path, len(frames))
             actions = read_actions(file, path, len(frames))
             event_types = read_event_types(file, path, len(frames))
             action_classes = read_action_classes(file, path, len(frames))
@@ -173,4 +220,21 @@ def open_episode(path: str | Path, *, schema: Schema | None = None) -> Episode:
         action_classes=action_classes,
         _file=file,
         _frames=frames,
+        _hand=hand,
     )
+
+
+def _open_hand(file: h5py.File, schema: Schema, path: Path, count: int) -> FrameSource | None:
+    """The images of the hand camera, if there is one."""
+    name = HAND_IMAGES[schema]
+    if name not in file:
+        return None
+    frames = open_frames(file, schema, path, name)
+    if len(frames) != count:
+        raise EpisodeError(
+            f"{path} contradicts itself: its cameras have different numbers of frames",
+            got=f"{len(frames)} in {name}",
+            expected=f"{count}, as the other has",
+            hint="copy the file again from the robot; if it is like this there too, leave the episode out.",
+        )
+    return frames

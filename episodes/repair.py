@@ -101,6 +101,7 @@ def repair(path: Path, target: Path, options: RepairOptions) -> Repaired:
         warnings.simplefilter("ignore", EpisodeWarning)  # what is assumed gets stored, and can be read there
         episode = open_episode(path)
     with episode:
+        episode.refuse_hand("the repair")
         instruction = _instruction(episode, options)
         length = _readable_length(episode, drop=options.drop_corrupt)
         copied = not options.swap_colour and episode.jpeg(0) is not None

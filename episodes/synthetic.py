@@ -19,7 +19,7 @@ import numpy.typing as npt
 from episodes.actions import classify_actions, default_event_types
 from episodes.atomic_hdf5 import Draft, atomic_hdf5
 from episodes.instruction import Side, sentence
-from episodes.layout import ACTION_CLASSES, ACTIONS, EVENT_TYPES, IMAGES
+from episodes.layout import ACTION_CLASSES, ACTIONS, EVENT_TYPES, HAND_IMAGES, IMAGES
 from episodes.scene import Drive, draw_frame, plan_drive
 from episodes.writer import write_episode, write_raw_frames
 from episodes.writer_v5 import write_episode_v5
@@ -57,6 +57,11 @@ class _Recording:
         for index in range(len(self.drive.actions)):
             yield draw_frame(self.drive, index, *self.size)
 
+    def hand_frames(self) -> Iterator[npt.NDArray[np.uint8]]:
+        """The same scene seen upside down: enough to tell the cameras apart."""
+        for frame in self.frames():
+            yield np.ascontiguousarray(frame[::-1])
+
 
 def write_synthetic(
     folder: str | Path,
@@ -70,6 +75,7 @@ def write_synthetic(
     store_instruction: bool = True,
     store_classes: bool = True,
     decoy: bool = False,
+    hand: bool = False,
 ) -> Path:
     """Write one synthetic episode into `folder` under the name that its recorder would have given it.
 
@@ -81,6 +87,7 @@ def write_synthetic(
         store_instruction: False leaves the text out, as in many V1 files. V6 never has one.
         store_classes: False leaves `action_classes` out of V6, as before August 2026.
         decoy: a second target like the first stands on the other side, so that only the instruction tells where to go.
+        hand: there is a second camera; not in V5.
 
     Raises:
         ValueError: an argument outside of the above.
@@ -93,6 +100,8 @@ def write_synthetic(
     if min(height, width) < 1:
         raise ValueError(f"frames must be at least 1 x 1, not {height} x {width}")
     is_v5 = schema in ("v5", "v5_jpeg")
+    if hand and is_v5:
+        raise ValueError(f"no hand camera is written in schema {schema}")
     instruction = sentence("v5" if is_v5 else "v1", side) if store_instruction and schema != "v6" else None
     recorded_at = _FIRST_RECORDING[schema] + timedelta(seconds=seed)
     target: Literal["bottle", "basket"] = "bottle" if schema == "v1" else "basket"
@@ -109,6 +118,7 @@ def write_synthetic(
             obstacle_layout_type="1box_hori",
             time_period="core",
             collected_at=recorded_at,
+            hand_frames=recording.hand_frames() if hand else None,
         )
     if is_v5:
         return write_episode_v5(
@@ -121,6 +131,9 @@ def write_synthetic(
         )
     with atomic_hdf5(path) as draft:
         _write_v6(draft, recording, store_classes=store_classes)
+        if hand:
+            frames = (frame[..., ::-1] for frame in recording.hand_frames())
+            write_raw_frames(draft, HAND_IMAGES["v6"], frames, length)
     return path
 
 

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from bundle.errors import EpisodeError, FrameError
 from episodes.actions import ACTION_NAMES, default_event_types
 from episodes.atomic_hdf5 import Draft, atomic_hdf5
-from episodes.layout import ACTIONS, EVENT_TYPES, IMAGES, INSTRUCTION
+from episodes.layout import ACTIONS, EVENT_TYPES, HAND_IMAGES, IMAGES, INSTRUCTION
 
 INSTRUCTION_BYTES = 256
 
@@ -41,6 +41,7 @@ def write_episode(
     obstacle_layout_type: str = "unknown",
     time_period: str = "unknown",
     collected_at: datetime | None = None,
+    hand_frames: Iterable[npt.NDArray[np.uint8]] | None = None,
 ) -> Path:
     """Write one V1 episode, replacing an older file of that name.
 
@@ -52,6 +53,7 @@ def write_episode(
         fps: frames per second; stored as `total_duration`.
         event_types: T event names; by default those of `episodes.actions.default_event_types`.
         collected_at: time of recording; now if not given.
+        hand_frames: T frames of a second camera, at the robot's hand; None stores none.
 
     Returns:
         `path`.
@@ -78,6 +80,8 @@ def write_episode(
     text = None if instruction is None else check_instruction(instruction, path)
     with atomic_hdf5(path) as draft:
         write_raw_frames(draft, IMAGES["v1"], frames, len(commands))
+        if hand_frames is not None:
+            write_raw_frames(draft, HAND_IMAGES["v1"], hand_frames, len(commands))
         draft.file.create_dataset(ACTIONS, data=commands)
         draft.file.create_dataset(EVENT_TYPES, data=list(events), dtype=h5py.string_dtype())
         if text is not None:

@@ -42,9 +42,14 @@ class Decider(Protocol):
         """See Policy.reset."""
         ...
 
-    def step(self, frame: NDArray[np.uint8]) -> ActionChunk:
+    def step(self, frame: NDArray[np.uint8], *, hand: NDArray[np.uint8] | None = None) -> ActionChunk:
         """See Policy.step."""
         ...
+
+
+def step_on(policy: Decider, frame: Frame) -> ActionChunk:
+    """Policy.step on what a frame shows; raises as it does."""
+    return policy.step(frame.pixels) if frame.hand is None else policy.step(frame.pixels, hand=frame.hand)
 
 
 class FrameSource(Protocol):
@@ -204,7 +209,7 @@ class DecisionThread:
         with self._lock:
             self._started_s = started_s
         try:
-            chunk = self._policy.step(frame.pixels)
+            chunk = step_on(self._policy, frame)
         except (BackendError, FrameError, ServiceError) as error:
             if isinstance(error, NotFiniteError):
                 self._distrust()

@@ -13,11 +13,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from io import TextIOWrapper
-from typing import TextIO
+from typing import Any, TextIO
 
 import msgspec
 
@@ -26,16 +26,18 @@ from bundle.manifest import Manifest
 from runtime.cadence import Summary
 from runtime.cameras.base import Frame
 from runtime.cameras.grabber import FrameGrabber
+from runtime.cameras.pair import PairedFrames
 from runtime.cameras.select import open_camera
 from runtime.commands.base import CommandSink
 from runtime.commands.select import competitors, open_sink, robot_key
 from runtime.control_loop import ControlLoop, Pace
-from runtime.decisions import Decider
+from runtime.decisions import Decider, FrameSource, step_on
 from runtime.events import Listener, RunInfo
 from runtime.limits import AxisMap, Limits, axis_map, check_cadence, limits_of
 from runtime.notes import Notes
 from runtime.realtime import LOOP_PRIORITY, give_back_priority, take_priority
 from runtime.robot_file import (
+    CameraConfig,
     CommandConfig,
     ConsoleCommands,
     DdsCommands,
@@ -97,6 +99,14 @@ class Plan:
     axes: AxisMap
     pace: Pace
 
+    @property
+    def cameras(self) -> dict[str, CameraConfig]:
+        """Those that the policy sees: `static`, and `hand` if it has one."""
+        found = {"static": self.robot.camera}
+        if "hand" in self.manifest.preprocessing.cameras and self.robot.hand_camera is not None:
+            found["hand"] = self.robot.hand_camera
+        return found
+
 
 def make_plan(manifest: Manifest, robot: RobotFile, local: LimitsFile | None) -> Plan:
     """Check bundle, robot and limits against each other.
@@ -104,12 +114,12 @@ def make_plan(manifest: Manifest, robot: RobotFile, local: LimitsFile | None) ->
     Raises:
         ConfigError, LimitsError: they do not fit; see runtime/limits.py.
     """
-    if manifest.preprocessing.cameras != ("static",):
+    if "hand" in manifest.preprocessing.cameras and robot.hand_camera is None:
         raise ConfigError(
-            "the policy has more cameras than a robot file can name",
-            got=", ".join(manifest.preprocessing.cameras),
-            expected="static",
-            hint="policies with a hand camera can be run through runtime.policy.Policy; the control loop has one camera.",
+            f"the policy has a hand camera, and robot {robot.name} has none",
+            got="no hand_camera in the robot file",
+            expected=", ".join(manifest.preprocessing.cameras),
+            hint="describe it in a section [hand_camera], with the keys of [camera].",
         )
     decide_hz = robot.loop.decide_hz or manifest.fps
     if decide_hz is None:
@@ -150,11 +160,16 @@ def drive(
         stack.enter_context(notes)
         if not options.dry_run and (key := robot_key(plan.robot.commands)):
             stack.enter_context(lock_robot(key))
-        grabber = FrameGrabber(open_camera(plan.robot.camera), plan.robot.camera, on_note=notes)
-        grabber.start()
-        stack.callback(grabber.close)
+        grabbers = {}
+        for name, camera in plan.cameras.items():
+            grabbers[name] = FrameGrabber(open_camera(camera), camera, on_note=notes)
+            grabbers[name].start()
+            stack.callback(grabbers[name].close)
+        frames: FrameSource = grabbers["static"]
+        if "hand" in grabbers:
+            frames = PairedFrames(grabbers["static"], grabbers["hand"])
         policy = load()
-        _warm_up(policy, _first_frame(grabber), options.instruction)
+        _warm_up(policy, _first_frame(frames, grabbers), options.instruction)
         commands = ConsoleCommands() if options.dry_run else plan.robot.commands
         _refuse_make_believe(plan, policy.backend, commands)
         with ExitStack() as way:
@@ -169,7 +184,7 @@ def drive(
             notes.hand_on(listeners)
             loop = ControlLoop(
                 policy,
-                grabber,
+                frames,
                 sink,
                 guard,
                 plan.limits,
@@ -184,7 +199,7 @@ def drive(
             if options.interactive:
                 threading.Thread(target=_obey, args=(loop, sys.stdin), name="stdin", daemon=True).start()
             with steady_threads():
-                return loop.run(options.instruction, seconds=options.seconds, camera=lambda: vars(grabber.statistics))
+                return loop.run(options.instruction, seconds=options.seconds, camera=lambda: _statistics(grabbers))
 
 
 @contextmanager
@@ -227,11 +242,20 @@ def _rivals(sink: CommandSink, guard: Watchdog | None) -> tuple[str, ...]:
     return ()
 
 
-def _first_frame(grabber: FrameGrabber) -> Frame:
-    frame = grabber.wait_newer(None, _FIRST_FRAME_S)
+def _statistics(grabbers: Mapping[str, FrameGrabber]) -> dict[str, Any]:
+    """Of the static camera, and of the hand's below `hand`."""
+    found = dict(vars(grabbers["static"].statistics))
+    return found | {"hand": vars(grabbers["hand"].statistics)} if "hand" in grabbers else found
+
+
+def _first_frame(frames: FrameSource, grabbers: Mapping[str, FrameGrabber]) -> Frame:
+    frame = frames.wait_newer(None, _FIRST_FRAME_S)
     if frame is None:
+        name, grabber = next(
+            ((name, each) for name, each in grabbers.items() if each.latest() is None), ("static", grabbers["static"])
+        )
         raise CameraError(
-            f"the camera gave no good picture in {_FIRST_FRAME_S:g} s",
+            f"the {'' if name == 'static' else 'hand '}camera gave no good picture in {_FIRST_FRAME_S:g} s",
             got=f"{grabber.error or grabber.statistics}",
             hint="run_robot.py BUNDLE --robot ROBOT --doctor shows what the camera gives.",
         )
@@ -244,7 +268,7 @@ def _warm_up(policy: Decider, frame: Frame, instruction: str) -> None:
     while True:
         try:
             policy.reset(instruction)
-            policy.step(frame.pixels)
+            step_on(policy, frame)
         except ServiceError:  # a service warms up too, and its deadline is that of a step that is warm
             if time.monotonic() > end_s:
                 raise
@@ -312,8 +336,8 @@ def _obey(loop: ControlLoop, lines: TextIO) -> None:
 
 def _refuse_make_believe(plan: Plan, backend: str, commands: CommandConfig) -> None:
     """A real robot does not move on what nobody sees or decides."""
-    camera = kind_of(plan.robot.camera)
-    made_up = "backend fake" if backend == "fake" else f"camera {camera}" if camera in _DRAWN else ""
+    drawn = [kind for camera in plan.cameras.values() if (kind := kind_of(camera)) in _DRAWN]
+    made_up = "backend fake" if backend == "fake" else f"camera {drawn[0]}" if drawn else ""
     if made_up and isinstance(commands, DdsCommands | Ros2Commands):
         raise ConfigError(
             f"robot {plan.robot.name} would really move",

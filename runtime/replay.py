@@ -87,12 +87,8 @@ def replay(
             hint="pass --instruction '...'.",
         )
     manifest = policy.manifest
-    if manifest.preprocessing.cameras != ("static",):
-        raise EpisodeError(
-            f"{episode.path} has one camera",
-            expected=", ".join(manifest.preprocessing.cameras),
-            hint="policies with a hand camera cannot be replayed from these episodes.",
-        )
+    cameras = manifest.preprocessing.cameras
+    episode.require_cameras(cameras)
     axes = tuple(name for name in manifest.action.names if name in episode.action_names)
     if not axes:
         raise EpisodeError(
@@ -105,8 +101,9 @@ def replay(
     predicted: list[NDArray[np.float32]] = []
     timing: dict[str, list[float]] = {}
     columns = [manifest.action.names.index(name) for name in axes]
-    for frame in episode.frames():
-        chunk = policy.step(frame)
+    for index in range(len(episode)):
+        views = dict(zip(cameras, episode.views(index, cameras), strict=True))
+        chunk = policy.step(views["static"], hand=views.get("hand"))
         predicted.append(chunk.values[0, columns])
         for section, milliseconds in chunk.timing.items():
             timing.setdefault(section, []).append(milliseconds)
@@ -126,7 +123,7 @@ class ResizedEpisode:
     """An episode as the policy sees it.
 
     Attributes:
-        frames: uint8 [T, cameras, s, s, 3], resized as `Policy.step` does; every camera gets the same picture.
+        frames: uint8 [T, cameras, s, s, 3], resized as `Policy.step` does.
         actions: float32 [T, A], as recorded.
         action_names: names of the A columns.
         instruction: what the robot was told, or None.
@@ -142,10 +139,11 @@ def read_resized(path: Path, preprocessing: Preprocessing, size: int, *, limit: 
     """Read the first `limit` frames of an episode (by default all).
 
     Raises:
-        EpisodeError: see open_episode.
+        EpisodeError: see open_episode; or a camera is missing.
     """
     with open_episode(path) as episode:
+        episode.require_cameras(preprocessing.cameras)
         count = len(episode) if limit is None else min(limit, len(episode))
-        pictures = np.array([resize(episode.frame(index), preprocessing, size) for index in range(count)])
-        frames = np.repeat(pictures[:, None], len(preprocessing.cameras), axis=1)
+        views = (episode.views(index, preprocessing.cameras) for index in range(count))
+        frames = np.array([[resize(view, preprocessing, size) for view in each] for each in views])
         return ResizedEpisode(frames, episode.actions[:count], episode.action_names, episode.instruction)

@@ -85,6 +85,8 @@ def examine(
     report = _Report()
     with console.status(f"watching the camera for {seconds:g} s"):
         findings = _camera(robot, seconds, report)
+        if "hand" in manifest.preprocessing.cameras and robot.hand_camera is not None:
+            _camera(msgspec.structs.replace(robot, camera=robot.hand_camera), seconds, report, name="hand camera")
     with console.status("looking at the bundle and at this machine"):
         _rates(manifest, robot, findings, report)
         _bundle(bundle, manifest, report)
@@ -107,9 +109,9 @@ def examine(
     }
 
 
-def _camera(robot: RobotFile, seconds: float, report: _Report) -> CameraFindings | None:
+def _camera(robot: RobotFile, seconds: float, report: _Report, *, name: str = "camera") -> CameraFindings | None:
     config = robot.camera
-    report.add("camera", described(config))
+    report.add(name, described(config))
     try:
         found = watch(config, seconds)
     except CameraError as error:  # what it needs is not installed
@@ -125,7 +127,7 @@ def _camera(robot: RobotFile, seconds: float, report: _Report) -> CameraFindings
         if found.publishers == 0:
             report.problem("nobody publishes the camera's topic: look at its name and type, and at the DDS domain")
         elif found.error is None or found.refused:
-            report.problem("the camera gave no good picture" + (f": {_most(found)}" if found.refused else ""))
+            report.problem(f"the {name} gave no good picture" + (f": {_most(found)}" if found.refused else ""))
         return found
     height, width, _ = found.frame.pixels.shape
     ages = "  ".join(f"{name} {age:.0f}" for name, age in found.age_ms.items()) or "unknown"

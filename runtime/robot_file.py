@@ -99,9 +99,13 @@ class VideoCamera(_Camera, frozen=True, kw_only=True, tag="video"):
 
 
 class EpisodeCamera(_Camera, frozen=True, kw_only=True, tag="episode"):
-    """A recorded episode (HDF5, or a flight recording), played at `fps`; by default at its own, or 6 a second where it has none."""
+    """A recorded episode (HDF5, or a flight recording), played at `fps`; by default at its own, or 6 a second where it has none.
+
+    `view` is of an episode with two cameras the one that is played.
+    """
 
     path: str
+    view: Literal["static", "hand"] = "static"
     fps: Positive | None = None
     loop: bool = False
 
@@ -242,11 +246,15 @@ class Recorder(Strict, frozen=True, kw_only=True):
 
 
 class RobotFile(Strict, frozen=True, kw_only=True):
-    """One robot. `axes` is by the policy's action names; an axis that is not in it is refused rather than ignored."""
+    """One robot. `axes` is by the policy's action names; an axis that is not in it is refused rather than ignored.
+
+    `hand_camera` is for policies that have one; others leave it alone.
+    """
 
     schema: int
     name: str
     camera: CameraConfig
+    hand_camera: CameraConfig | None = None
     commands: CommandConfig
     axes: dict[str, Axis]
     safety: Safety

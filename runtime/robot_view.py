@@ -28,8 +28,11 @@ def plan_lines(plan: Plan, *, dry_run: bool) -> list[str]:
     """The plan, a line each: where commands go, what each axis does, when the robot stops."""
     robot, safety, pace = plan.robot, plan.limits.safety, plan.pace
     target = "nowhere (dry run)" if dry_run else f"{kind_of(robot.commands)} {_where(plan)}".rstrip()
+    cameras = " and ".join(
+        f"{'' if name == 'static' else f'{name} '}camera {kind_of(camera)}" for name, camera in plan.cameras.items()
+    )
     lines = [
-        f"robot {robot.name}: camera {kind_of(robot.camera)}, commands to {target}",
+        f"robot {robot.name}: {cameras}, commands to {target}",
         f"{pace.decide_hz:g} decisions and {pace.publish_hz:g} commands a second, {robot.loop.strategy}",
     ]
     warnings: list[str] = []
@@ -47,6 +50,10 @@ def plan_lines(plan: Plan, *, dry_run: bool) -> list[str]:
         f"stops within {safety.stop_within_s:g} s when a frame is older than {safety.stale_frame_s:g} s or an action older than "
         f"{safety.stale_action_s:g} s; the watchdog after {safety.watchdog_s:g} s of silence"
     )
+    if robot.recorder is not None and "hand" in plan.cameras:
+        lines.append(
+            "warning: the hand camera's pictures are not recorded, so the recording is no episode of this policy"
+        )
     lines += warnings
     fps = plan.manifest.fps
     if fps is not None and abs(pace.decide_hz / fps - 1) > 0.1:
@@ -90,6 +97,8 @@ def summary_table(summary: Summary) -> Table:
         if seconds >= 0.1:
             table.add_row("held back", f"{reason}: {seconds:.1f} s")
     table.add_row("camera", _camera(summary.camera))
+    if "hand" in summary.camera:
+        table.add_row("hand camera", _camera(summary.camera["hand"]))
     table.add_row("last command", "zero" if summary.zero_sent else "not a zero: it could not be sent")
     return table
 

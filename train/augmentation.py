@@ -50,8 +50,8 @@ def mirror_actions(actions: NDArray[np.float32], names: Sequence[str]) -> NDArra
 
 
 def mirror_frame(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """[H, W, 3] with left and right exchanged."""
-    return np.ascontiguousarray(frame[:, ::-1])
+    """[..., H, W, 3] with left and right exchanged."""
+    return np.ascontiguousarray(frame[..., ::-1, :])
 
 
 class Augmenter:
@@ -65,7 +65,12 @@ class Augmenter:
         self._config = config
 
     def apply(self, frame: NDArray[np.uint8], draw: int) -> NDArray[np.uint8]:
-        """The frame [s, s, 3] as view `draw` has it; equal draws change all frames alike. Strengths of 0 change no bit."""
+        """The frame [s, s, 3], or those of several cameras [C, s, s, 3], as view `draw` has it.
+
+        Equal draws change all frames alike. Strengths of 0 change no bit.
+        """
+        if frame.ndim > 3:
+            return np.stack([self.apply(each, draw) for each in frame])
         config = self._config
         image = Image.fromarray(frame)
         image = _crop(image, config.crop, draw)

@@ -36,7 +36,8 @@ class Batch:
     """B windows of W frames, made of U distinct frames.
 
     Attributes:
-        frames: uint8 [U, s, s, 3] as the views have them; [0, s, s, 3] where they were not asked for.
+        frames: uint8 [U, s, s, 3] as the views have them, or [U, C, s, s, 3] of several cameras; [0, s, s, 3] where they were not
+            asked for.
         frame_of: int64 [B, W], index into the U frames; where an episode is shorter than W, the rest points at its last frame.
         views: the distinct views.
         view_of: int64 [U], index into views.
@@ -132,7 +133,7 @@ def _frames(
     store: FrameStore,
     augmenter: Augmenter | None,
 ) -> NDArray[np.uint8]:
-    """The distinct frames in their order, uint8 [U, s, s, 3]."""
+    """The distinct frames in their order, uint8 [U, s, s, 3], or [U, C, s, s, 3]."""
     opened: dict[int, NDArray[np.uint8]] = {}
     found = []
     for view, number in wanted:

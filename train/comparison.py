@@ -175,10 +175,16 @@ def settings_of(record: RunRecord) -> dict[str, Any]:
     return {key: value for key, value in flat(record.config).items() if value is not None} | {
         TRAIN_FILES: sorted(files["train"]),
         VAL_FILES: sorted(files["val"]),
-        _BASE: record.base.sha256,
+        _BASE: _start_of(record),
         _CODE: [(code.sources_sha256, sorted(code.versions.items())) for code in codes],
         _MACHINE: machines,
     }
+
+
+def _start_of(record: RunRecord) -> str:
+    """Hash of what training started from: of a policy its head counts as well, so it is that of the file."""
+    whole = flat(record.config).get("base.take") == "policy"
+    return record.base.weights_sha256 or record.base.sha256 if whole else record.base.sha256
 
 
 def find_differences(runs: Sequence[Run]) -> tuple[Difference, ...]:

@@ -121,6 +121,7 @@ def policy_spec(config: dict[str, Any]) -> PolicySpec:
         UnsupportedPolicyError: a variant that jetvla knows by name and does not build.
     """
     _refuse_rare(config)
+    _refuse_magnitudes(config)
     act = _section(config, "act_head")
     head_type = _get(act, "type", str, "act_head.type")
     if head_type not in HEADS:
@@ -210,6 +211,21 @@ def _refuse_rare(config: dict[str, Any]) -> None:
                 f"this policy uses {key} = {value!r}, which jetvla does not build",
                 expected="frozen or LoRA Kosmos-2, `post` history, continuous actions, LSTM head",
                 hint="open an issue with the config if you need it; nothing was written.",
+            )
+
+
+def _refuse_magnitudes(config: dict[str, Any]) -> None:
+    """Velocities of which only the size was learned would drive to one side whatever the words say."""
+    datasets = config.get("train_dataset")
+    several = isinstance(datasets, list)
+    for index, dataset in enumerate(datasets if isinstance(datasets, list) else [datasets]):
+        if isinstance(dataset, dict) and dataset.get("abs_action", False):
+            key = f"train_dataset[{index}].abs_action" if several else "train_dataset.abs_action"
+            raise UnsupportedPolicyError(
+                f"this policy uses {key} = {dataset['abs_action']!r}, which jetvla does not build",
+                expected="linear_y with its sign: under this key its size alone is learned, and the fork's own scripts give it the side "
+                "that the instruction names; it would take such a rule in every bundle",
+                hint="train without the key; augment.mirror helps against one-sided data. Nothing was written.",
             )
 
 

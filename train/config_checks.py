@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,8 +16,9 @@ import msgspec
 
 from bundle.errors import ConfigError
 from bundle.prompt_template import is_template
+from episodes.reader import CAMERAS
 from train.action_classes import AXES, ClassTable, classes_of_model
-from train.run_config import RunConfig, SourceConfig
+from train.run_config import LoraConfig, RunConfig, SourceConfig
 
 _TABLE = "docs/training-config.md lists every key with its meaning and default."
 _ADVICE_CUTOFF = 0.6
@@ -155,6 +157,8 @@ def _contradictions(config: RunConfig) -> Iterator[Problem]:
         return
     yield from _data_problems(config, table)
     yield from _model_problems(config)
+    if config.base.take == "policy" and config.base.weights is None:
+        yield "base.take", '"policy"', "base.weights with it: a checkpoint to take the policy from"
     yield from _loss_problems(config, len(table))
     if config.augment.stop > 0 and not all(text.strip() for text in config.augment.stop_words or [""]):
         yield "augment.stop_words", list(config.augment.stop_words), "at least one sentence, none of them empty"
@@ -166,6 +170,10 @@ def _data_problems(config: RunConfig, table: ClassTable) -> Iterator[Problem]:
         yield "data.sources", "none", "at least one source with files"
     if not data.actions or len(set(data.actions)) != len(data.actions):
         yield "data.actions", ", ".join(data.actions) or "none", "different names, at least one"
+    if tuple(sorted(data.cameras)) not in (("static",), CAMERAS):
+        yield "data.cameras", ", ".join(data.cameras) or "none", "static, or hand and static"
+    if len(data.cameras) > 1 and config.model.packing == "fork_overwrite":
+        yield "data.cameras", ", ".join(data.cameras), "static: fork_overwrite is not defined for a hand camera"
     if data.action_range != "auto" and not data.action_range[0] < data.action_range[1]:
         yield "data.action_range", list(data.action_range), "minimum < maximum"
     if not 0 < data.val_share < 1 and data.split is None:
@@ -215,5 +223,19 @@ def _model_problems(config: RunConfig) -> Iterator[Problem]:
         yield "model.latent", model.latent, "1: fork_overwrite is not defined for more"
     if not model.freeze_backbone and model.lora.targets != "none":
         yield "model.freeze_backbone", "false", 'model.lora.targets = "none" with it: adapters leave the base frozen'
+    yield from _target_problems(model.lora)
     if model.train_decoder_layers is not None and model.freeze_backbone:
         yield "model.train_decoder_layers", model.train_decoder_layers, "freeze_backbone = false with it"
+
+
+def _target_problems(lora: LoraConfig) -> Iterator[Problem]:
+    """Whether targets match something is found where the model is known: train/lora_targets.py."""
+    targets = lora.targets
+    if lora.layers is not None and targets == "none":
+        yield "model.lora.layers", lora.layers, 'nothing beside model.lora.targets = "none"'
+    if isinstance(targets, tuple):
+        return
+    try:
+        re.compile(targets)
+    except re.error as error:
+        yield "model.lora.targets", f"{targets!r}: {error}", "one regular expression, or a list of names"

@@ -108,7 +108,7 @@ def read_episodes(
     found = find_files(data.sources, root=root)
     read: list[tuple[TrainingEpisode, bool]] = []
     bad: list[EpisodeError] = []
-    recordings = Recordings()
+    recordings = Recordings(data.cameras)
     for path, source in found:
         try:
             read.append(_read(path, source, data, optional, recordings))

@@ -166,7 +166,7 @@ def evaluate(
         advance: called after each pass over an episode.
 
     Raises:
-        EpisodeError: no instruction, no common axis, or a damaged frame.
+        EpisodeError: no instruction, no common axis, a camera too few, or a damaged frame.
         BackendError: a prediction is not finite.
     """
     played, other = [], []
@@ -174,6 +174,7 @@ def evaluate(
     classes = classes_of_action(predictor.action) if predictor.action.head == "classes" else None
     for path in paths:
         with _opened(path) as episode:
+            episode.require_cameras(predictor.cameras)
             predictor.check_rate(episode.fps)
             common = _common_axes(episode, predictor, axes)
             axes = common
@@ -242,8 +243,8 @@ def _play(
             recorded[:, column] = episode.actions[:, episode.action_names.index(axis)]
     predictor.reset(said)
     chunks = []
-    for index, frame in enumerate(episode.frames()):
-        chunk = predictor.predict(frame)[:, ours]
+    for index in range(len(episode)):
+        chunk = predictor.predict(episode.views(index, predictor.cameras))[:, ours]
         if not np.isfinite(chunk).all():
             raise BackendError(
                 f"the prediction for frame {index} of {episode.path.name} is not finite",

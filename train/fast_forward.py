@@ -35,8 +35,8 @@ class FrameBatch:
     """Distinct frames, the prompts they come with, and the windows made of them.
 
     Attributes:
-        pixels: float32 [U, 3, s, s], or None where `tokens` are given.
-        tokens: image tokens [U, N, D], or None.
+        pixels: float32 [U, 3, s, s], or [U, C, 3, s, s] of several cameras; None where `tokens` are given.
+        tokens: image tokens [U, N, D] of all cameras, or None.
         prompts: token ids [L] of each distinct instruction.
         prompt_of: int64 [U], index into prompts.
         frame_of: int64 [B, W], index into the U frames.
@@ -82,7 +82,7 @@ class TrainingForward(nn.Module):
         tokens = batch.tokens
         if tokens is None:
             assert batch.pixels is not None
-            tokens = self.policy.image_tokens(batch.pixels)
+            tokens = image_tokens(self.policy, batch.pixels)
         parts, order = [], []
         for index, prompt in enumerate(batch.prompts):
             rows = torch.nonzero(batch.prompt_of == index).flatten()
@@ -147,10 +147,17 @@ def _use_sdpa(policy: KosmosPolicy) -> None:
                 module.config._attn_implementation = "sdpa"
 
 
+def image_tokens(policy: KosmosPolicy, pixels: Tensor) -> Tensor:
+    """Image tokens [U, C * N, D] of frames [U, C, 3, s, s] of several cameras, or of [U, 3, s, s] of one."""
+    if pixels.ndim == 4:
+        return policy.image_tokens(pixels)
+    return policy.image_tokens(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2]).flatten(1, 2)
+
+
 def pixels_of(frames: NDArray[np.uint8], pixel_norm: str, device: torch.device) -> Tensor:
-    """uint8 [U, s, s, 3] RGB to float32 [U, 3, s, s]: / 255, and CLIP's mean and std unless `none`; on the device, bytes travel."""
+    """uint8 [..., s, s, 3] RGB to float32 [..., 3, s, s]: / 255, and CLIP's mean and std unless `none`; on the device, bytes travel."""
     pixels = torch.from_numpy(np.array(frames)).to(device)  # a copy: memory maps are read-only
-    pixels = pixels.permute(0, 3, 1, 2).float() / 255
+    pixels = pixels.movedim(-1, -3).float() / 255
     if pixel_norm == "none":
         return pixels
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
@@ -169,12 +176,12 @@ def check_forward(forward: TrainingForward, pixels: Tensor, prompt: Tensor) -> f
     policy.eval()
     try:
         ids, mask = (row.unsqueeze(0) for row in policy.padded(prompt))
-        tokens = policy.image_tokens(pixels[:1])
+        tokens = image_tokens(policy, pixels[:1])
         reference = policy.features(tokens, ids, mask)
         zero = torch.zeros(1, dtype=torch.int64, device=pixels.device)
         fast = forward.features(FrameBatch(None, tokens, (prompt,), zero, zero.unsqueeze(0)))
         error = float((fast - reference).abs().max() / reference.abs().max().clamp_min(1e-6))
-        seen = _first_latent_sees_all(policy, pixels[:1])
+        seen = _first_latent_sees_all(policy, pixels.reshape(-1, *pixels.shape[-3:])[:1])
     finally:
         for module, mode in modes:
             module.training = mode

@@ -32,12 +32,16 @@ class FrameStore:
         folder: made when needed.
         size: s, the model's image size.
         resize: filter.
+        cameras: of the policy, in its order; more than one gives frames [C, s, s, 3] instead of [s, s, 3].
     """
 
-    def __init__(self, folder: Path, *, size: int, resize: ResizeFilter) -> None:
+    def __init__(
+        self, folder: Path, *, size: int, resize: ResizeFilter, cameras: tuple[str, ...] = ("static",)
+    ) -> None:
         self.folder = folder
         self.size = size
         self.resize: ResizeFilter = resize
+        self.cameras = cameras
 
     def prepare(self, episodes: Sequence[TrainingEpisode], progress: Callable[[int], None] | None = None) -> None:
         """Make what is missing.
@@ -55,7 +59,7 @@ class FrameStore:
                 progress(len(episode))
 
     def frames(self, episode: TrainingEpisode) -> np.memmap[Any, np.dtype[np.uint8]]:
-        """All frames, read-only uint8 [T, s, s, 3] RGB; made first where missing or damaged.
+        """All frames, read-only uint8 [T, s, s, 3] RGB, or [T, C, s, s, 3] of several cameras; made first where missing or damaged.
 
         Raises:
             EpisodeError, StorageError: see prepare.
@@ -81,11 +85,13 @@ class FrameStore:
         shapes = ((self._path(episode), self._shape(episode)) for episode in episodes)
         return sum(_HEADER_BYTES + int(np.prod(shape)) for path, shape in shapes if _open(path, shape) is None)
 
-    def _shape(self, episode: TrainingEpisode) -> tuple[int, int, int, int]:
-        return len(episode), self.size, self.size, 3
+    def _shape(self, episode: TrainingEpisode) -> tuple[int, ...]:
+        several = (len(self.cameras),) if len(self.cameras) > 1 else ()
+        return (len(episode), *several, self.size, self.size, 3)
 
     def _path(self, episode: TrainingEpisode) -> Path:
-        return self.folder / f"{episode.sha256}-{episode.schema}-{self.size}-{self.resize}.npy"
+        several = "".join(f"-{camera}" for camera in self.cameras) if len(self.cameras) > 1 else ""
+        return self.folder / f"{episode.sha256}-{episode.schema}-{self.size}-{self.resize}{several}.npy"
 
     def _make(self, path: Path, episode: TrainingEpisode) -> None:
         """Frame by frame through `write`, not through a memory map, where a full disk would kill the process."""
@@ -105,8 +111,9 @@ class FrameStore:
                         hint="start again when nothing writes to the episodes any more.",
                     )
                 np.lib.format.write_array_header_1_0(file, header)
-                for frame in recording.frames():
-                    file.write(squash(frame, self.size, self.resize).tobytes())
+                for index in range(len(recording)):
+                    for frame in recording.views(index, self.cameras):
+                        file.write(squash(frame, self.size, self.resize).tobytes())
             publish_file(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

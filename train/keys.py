@@ -23,14 +23,15 @@ _LONE = re.compile(r"\.(lora_embedding_[AB]|lora_magnitude_vector)\.([^.]+)(?:\.
 _SAVED = re.compile(r"\.modules_to_save\.([^.]+)\.")
 _BACKBONE_ROOTS = ("text_model.", "vision_model.", "image_to_text_projection.")
 
-# Not weights of the policy: recomputed tables, the unused language-model head (tied to the embedding), training-loss buffers, and the
-# second name that upstream gives to the action head.
+# Not weights of the policy: recomputed tables, the unused language-model head (tied to the embedding), training-loss buffers, the
+# second name that upstream gives to the action head, and the CLIP of its clip-norm loss, which inference never enters.
 _IGNORED = (
     re.compile(r"(^|\.)position_ids$"),
     re.compile(r"\.embed_positions\.weights$"),
     re.compile(r"^lm_head\."),
     re.compile(r"^backbone\.text_model\.lm_head\.weight$"),
     re.compile(r"\.original_module\."),  # what a module was before `modules_to_save` trained it
+    re.compile(r"^clip_norm_head\."),
     re.compile(r"^act_head\.(class_weights_tensor|target_class_prior_tensor)$"),
 )
 

@@ -25,7 +25,7 @@ from train.ledger import BaseFacts, DataFile, Ledger, ParameterCounts, SplitFact
 from train.load_config import LoadedConfig, load_run_config
 from train.memory import return_freed_memory
 from train.preflight import Plan, preflight
-from train.preflight_files import require_files
+from train.preflight_files import refuse, require_files
 from train.preflight_view import render
 from train.proofs import trained_groups
 from train.run_config import RunConfig
@@ -75,7 +75,7 @@ def launch(
     shown = console if first else Console(quiet=True)
     bar = _bars(shown)
     going_on = None if dry_run and not resume else resume
-    require_files(loaded, resume=going_on)
+    require_files(loaded, resume=going_on, weights=not dry_run)
     with accelerator.main_process_first():
         gathered = gather(loaded, bar)
     plan = preflight(
@@ -84,10 +84,12 @@ def launch(
         resume=going_on,
         device=accelerator.device.type,
         processes=accelerator.num_processes,
+        strict=not dry_run,
     )
     if first:
         shown.print(render(plan))
     if dry_run:
+        refuse(plan.problems, name=plan.name)
         return Launch(plan, gathered.folder, None)
     if resume:
         resumed_state(gathered.folder)  # before the long work: it says what is missing
@@ -166,7 +168,13 @@ def _open_ledger(
             for part, episodes in parts
             for each in episodes
         ],
-        "base": BaseFacts(path=str(gathered.base), sha256=gathered.base_sha256),
+        "base": BaseFacts(
+            path=str(gathered.base),
+            sha256=gathered.base_sha256,
+            weights=None if gathered.start.weights is None else str(gathered.start.weights),
+            weights_sha256=gathered.start.weights_sha256,
+            taken=gathered.start.story,
+        ),
         "parameters": ParameterCounts(
             trainable=sum(group.values for group in groups), total=sum(p.numel() for p in setup.policy.parameters())
         ),

@@ -160,6 +160,10 @@ class Ledger:
             *_differences("split", msgspec.to_builtins(record.split), msgspec.to_builtins(split)),
             *_data_differences(record.data, files),
             *_differences("base.sha256", record.base.sha256, base.sha256),
+            # Records of before this was recorded do not say.
+            *_differences(
+                "base.weights_sha256", record.base.weights_sha256 or base.weights_sha256, base.weights_sha256
+            ),
             *_differences("parameters", msgspec.to_builtins(record.parameters), msgspec.to_builtins(parameters)),
         ]
         if found:
@@ -301,7 +305,8 @@ def _stored_files(data: Sequence[DataFile]) -> tuple[DataFile, ...]:
 
 
 def _stored_base(base: BaseFacts) -> BaseFacts:
-    return msgspec.structs.replace(base, path=stored_text(base.path))
+    weights = None if base.weights is None else stored_text(base.weights)
+    return msgspec.structs.replace(base, path=stored_text(base.path), weights=weights)
 
 
 def check_resumable(record: RunRecord, folder: Path) -> None:

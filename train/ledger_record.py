@@ -66,11 +66,19 @@ class Mix(_Strict, frozen=True):
     frames: Count
 
 
-class BaseFacts(_Strict, frozen=True):
-    """What training started from: the directory, and the hash of the weights that were in fact loaded."""
+class BaseFacts(_Strict, frozen=True, omit_defaults=True):
+    """What training started from: the directory, and the hash of the weights that were in fact loaded.
+
+    Attributes:
+        weights, weights_sha256: the checkpoint that the directory was made of, and the hash of its bytes.
+        taken: what of it.
+    """
 
     path: str
     sha256: Sha256
+    weights: str | None = None
+    weights_sha256: Sha256 | None = None
+    taken: str | None = None
 
 
 class ParameterCounts(_Strict, frozen=True):

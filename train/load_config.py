@@ -12,7 +12,7 @@ import json
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import msgspec
 from bundle.errors import ConfigError
 from train.config import read_chain
 from train.config_checks import convert, require_key
+from train.ledger_record import flat
 from train.robovlms_config import Notes, from_robovlms, is_robovlms
 from train.run_config import RunConfig
 
@@ -52,6 +53,10 @@ class LoadedConfig:
     notes: Notes = field(default_factory=Notes)
     files: tuple[Path, ...] = ()
 
+    def key(self, setting: str) -> str:
+        """What a setting is called where it was written: a RoboVLMs config has names of its own."""
+        return dict(self.notes.names).get(setting, setting)
+
 
 def load_run_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     """Read a config with its parents, apply overrides, and check the result.
@@ -69,6 +74,7 @@ def load_run_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     origin = str(path)
     for override in overrides:
         _apply(values, override)
+        notes = _without_names(notes, (override.partition("=")[0].strip(),))
         origin = f"{path} with {', '.join(overrides)}"
     return LoadedConfig(convert(values, origin=origin), path.parent, notes, files)
 
@@ -93,7 +99,12 @@ def _read(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, Any], Notes
     inherited, notes, files = _read(path.parent / parent, (*children, path.resolve()))
     if folder.resolve() != path.parent.resolve():
         _each_path(inherited, lambda text: str(Path(parent).parent / text))
-    return _merge(inherited, values), notes, (path.resolve(), *files)
+    return _merge(inherited, values), _without_names(notes, flat(values)), (path.resolve(), *files)
+
+
+def _without_names(notes: Notes, settings: Container[str]) -> Notes:
+    """Settings that were stated here are called by their own names again."""
+    return replace(notes, names=tuple(pair for pair in notes.names if pair[0] not in settings))
 
 
 def _means_robovlms(path: Path, values: dict[str, Any]) -> bool:

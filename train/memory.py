@@ -24,9 +24,11 @@ import torch
 from transformers import Kosmos2Config
 
 from bundle.errors import TrainingError
+from train.lora_targets import adapted_modules
 from train.policy import Conventions, KosmosPolicy
+from train.proofs import ParameterGroup, groups_of
 from train.run_config import RunConfig
-from train.trainable import adapted_modules, policy_spec_of, trainable_names
+from train.trainable import policy_spec_of, trainable_names
 
 Device = Literal["cpu", "cuda"]
 
@@ -34,6 +36,7 @@ _FLOAT = 4
 _MIXED_ACTIVATION = 3
 _HALF = 2
 _MOMENTS = 2
+_LINEARS = 6  # of a layer: four of its attention, two behind it
 _RESERVE = 0.1
 _CUDA_CONTEXT = 512 << 20
 _VISION = ("backbone.vision_model.", "backbone.image_to_text_projection.")
@@ -51,12 +54,17 @@ class ParameterCounts:
         trained: those that train.
         vision: those of vision tower and projection that train.
         half: weights that gradients pass through, of which mixed precision keeps a copy.
+        parts: what trains, by part.
+        adapted_text, adapted_vision: shares of the Linears in the layers of each that carry adapters.
     """
 
     total: int
     trained: int
     vision: int
     half: int
+    parts: tuple[ParameterGroup, ...]
+    adapted_text: float
+    adapted_vision: float
 
 
 @dataclass(frozen=True)
@@ -94,8 +102,9 @@ def count_parameters(kosmos: Kosmos2Config, config: RunConfig) -> ParameterCount
     """Parameters of the policy that a config asks for; takes no memory for them."""
     spec = policy_spec_of(config, action_range=(-1.0, 1.0), image_size=kosmos.vision_config.image_size)
     conventions = Conventions(config.model.packing, "counted", False, "counted")
+    adapted = adapted_modules(kosmos, config.model.lora)
     with torch.device("meta"):
-        policy = KosmosPolicy(spec, kosmos, conventions, adapted_modules(kosmos, config.model))
+        policy = KosmosPolicy(spec, kosmos, conventions, adapted)
     trained = trainable_names(policy, config.model)
     sizes = {name: parameter.numel() for name, parameter in policy.named_parameters()}
     vision = sum(sizes[name] for name in trained if name.startswith(_VISION))
@@ -105,7 +114,14 @@ def count_parameters(kosmos: Kosmos2Config, config: RunConfig) -> ParameterCount
         trained=sum(sizes[name] for name in trained),
         vision=vision,
         half=sum(size for name, size in sizes.items() if name.startswith(passed)),
+        parts=groups_of({name: sizes[name] for name in trained}),
+        adapted_text=_share(adapted, "text_model.", kosmos.text_config.layers),
+        adapted_vision=_share(adapted, "vision_model.", kosmos.vision_config.num_hidden_layers),
     )
+
+
+def _share(adapted: tuple[str, ...], root: str, layers: int) -> float:
+    return sum(name.startswith(root) for name in adapted) / (_LINEARS * layers)
 
 
 def estimate_memory(
@@ -120,9 +136,9 @@ def estimate_memory(
     loop = config.loop
     frames = math.ceil(loop.batch_size / loop.windows_per_episode) * (config.data.window - 1) + loop.batch_size
     slots = _slots(kosmos, config, prompt_tokens)
-    layers = _text_layers(kosmos, config, device, slots)
+    layers = _text_layers(kosmos, config, device, slots, counts.adapted_text)
     if counts.vision:
-        layers += _vision_layers(kosmos, config, device)
+        layers += len(config.data.cameras) * _vision_layers(kosmos, config, device, counts.adapted_vision)
     activations = frames * layers + _head(kosmos, config)
     if loop.precision != "fp32":
         depth = kosmos.text_config.layers if config.model.gradient_checkpointing else 1
@@ -143,13 +159,13 @@ def estimate_memory(
 def _slots(kosmos: Kosmos2Config, config: RunConfig, prompt_tokens: int) -> int:
     """Length of a row; the last token of the prompt stands behind the action and is not computed."""
     if config.model.packing == "upstream":
-        return kosmos.latent_query_num + prompt_tokens - 1 + config.model.latent
+        return len(config.data.cameras) * kosmos.latent_query_num + prompt_tokens - 1 + config.model.latent
     return max(kosmos.latent_query_num, prompt_tokens) + 1
 
 
-def _text_layers(kosmos: Kosmos2Config, config: RunConfig, device: Device, slots: int) -> int:
-    """Bytes that autograd keeps of the decoder for one frame."""
-    text, adapted = kosmos.text_config, config.model.lora.targets != "none"
+def _text_layers(kosmos: Kosmos2Config, config: RunConfig, device: Device, slots: int, adapted: float) -> int:
+    """Bytes that autograd keeps of the decoder for one frame; `adapted` is the share of its Linears with adapters."""
+    text = kosmos.text_config
     trained = not config.model.freeze_backbone
     width, inner = slots * text.embed_dim, slots * text.ffn_dim
     values = (7 + 5 * adapted + 3 * trained) * width + (2 + adapted + trained) * inner
@@ -159,10 +175,9 @@ def _text_layers(kosmos: Kosmos2Config, config: RunConfig, device: Device, slots
     return _kept(values, masks, width, text.layers, config, device)
 
 
-def _vision_layers(kosmos: Kosmos2Config, config: RunConfig, device: Device) -> int:
-    """Bytes that autograd keeps of vision tower and projection for one frame."""
+def _vision_layers(kosmos: Kosmos2Config, config: RunConfig, device: Device, adapted: float) -> int:
+    """Bytes that autograd keeps of vision tower and projection for one frame; `adapted` as for the decoder."""
     vision, model = kosmos.vision_config, config.model
-    adapted = model.lora.targets == "all"
     patches = (vision.image_size // vision.patch_size) ** 2 + 1
     total = 0
     if adapted or model.train_vision:
@@ -176,10 +191,10 @@ def _vision_layers(kosmos: Kosmos2Config, config: RunConfig, device: Device) -> 
     return total + _bytes_each(config) * projection
 
 
-def _kept(values: int, masks: int, width: int, layers: int, config: RunConfig, device: Device) -> int:
+def _kept(values: float, masks: float, width: int, layers: int, config: RunConfig, device: Device) -> int:
     """Bytes of a stack of layers that keep `values` and `masks` each, or their input if they are computed again."""
     # CPUs keep a dropout mask as numbers.
-    layer = _bytes_each(config) * values + (1 if device == "cuda" else _bytes_each(config)) * masks
+    layer = math.ceil(_bytes_each(config) * values + (1 if device == "cuda" else _bytes_each(config)) * masks)
     return _FLOAT * width * layers + layer if config.model.gradient_checkpointing else layer * layers
 
 

@@ -7,6 +7,7 @@ place in train/ that imports the runtime: both must be judged by one ruler.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -15,9 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bundle.errors import ConfigError, EpisodeError
+from bundle.errors import ConfigError
 from bundle.manifest import MANIFEST_NAME, Action, Packing
 from bundle.tokenization import tokenize
+from episodes.reader import CAMERAS
 from episodes.resize import squash
 from runtime.actions import denormalize
 from runtime.policy import Policy
@@ -74,17 +76,19 @@ class Predictor(Protocol):
         action: names, units and scaling of its commands.
         template: text around an instruction.
         description: what it is, for people.
+        cameras: that it sees, in its order.
     """
 
     action: Action
     template: str
     description: str
+    cameras: tuple[str, ...]
 
     def reset(self, instruction: str) -> None:
         """Start an episode."""
 
-    def predict(self, frame: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """A frame uint8 [H, W, 3] RGB to commands [n, A] in physical units; row 0 is for now."""
+    def predict(self, frames: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+        """A frame uint8 [H, W, 3] RGB of each camera to commands [n, A] in physical units; row 0 is for now."""
 
     def check_rate(self, fps: float | None) -> None:
         """Warn where an episode runs at another rate than training did."""
@@ -94,7 +98,7 @@ def open_predictor(path: Path, stated: Stated, *, backend: str = "auto") -> Pred
     """A bundle (a folder with a manifest), or a checkpoint.
 
     Raises:
-        ConfigError: something stated about a bundle, or a policy with a hand camera.
+        ConfigError: something stated about a bundle.
         BundleError, BackendError, CheckpointError, BaseWeightsError: it cannot be loaded.
     """
     if (path / MANIFEST_NAME).exists() or path.is_dir():
@@ -115,7 +119,7 @@ class BundlePredictor:
     def __init__(self, path: Path, backend: str) -> None:
         self._policy = Policy.load(path, backend=backend)
         manifest = self._policy.manifest
-        _refuse_hand_camera(path, len(manifest.preprocessing.cameras))
+        self.cameras: tuple[str, ...] = manifest.preprocessing.cameras
         self._fps = manifest.fps
         self.action, self.template = manifest.action, manifest.prompt.template
         self.description = f"bundle {path.name}, {manifest.precision} on {self._policy.backend}"
@@ -123,8 +127,9 @@ class BundlePredictor:
     def reset(self, instruction: str) -> None:
         self._policy.reset(instruction)
 
-    def predict(self, frame: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return self._policy.step(frame).values
+    def predict(self, frames: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+        views = dict(zip(self.cameras, frames, strict=True))
+        return self._policy.step(views["static"], hand=views.get("hand")).values
 
     def check_rate(self, fps: float | None) -> None:
         _check_rate(self._fps, fps)
@@ -144,7 +149,7 @@ class CheckpointPredictor:
             pad_prompt_to=stated.pad_prompt_to,
         )
         facts, spec = loaded.facts, loaded.policy.spec
-        _refuse_hand_camera(path, 2 if spec.hand_camera else 1)
+        self.cameras: tuple[str, ...] = CAMERAS if spec.hand_camera else ("static",)
         self._loaded = loaded
         self._tokenizer = _tokenizer(loaded, stated.tokenizer)
         self._stream: ReferenceStream | None = None
@@ -182,9 +187,9 @@ class CheckpointPredictor:
         ids, mask = policy.padded(torch.tensor(tokenize(instruction, self.template, self._tokenizer)))
         self._stream = ReferenceStream(policy, ids.numpy(), mask.numpy(), mean=self._mean, std=self._std)
 
-    def predict(self, frame: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def predict(self, frames: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
         assert self._stream is not None, "reset comes first"
-        step = self._stream.step(np.array(squash(frame, self._size, self._resize))[None])
+        step = self._stream.step(np.stack([squash(frame, self._size, self._resize) for frame in frames]))
         return denormalize(step.action, self.action)
 
     def check_rate(self, fps: float | None) -> None:
@@ -221,12 +226,3 @@ def _tokenizer(loaded: LoadedPolicy, stated: Path | None) -> Path:
             hint="pass it with --tokenizer FILE, or a Kosmos-2 directory that has one with --base DIR.",
         )
     return found
-
-
-def _refuse_hand_camera(path: Path, cameras: int) -> None:
-    if cameras != 1:
-        raise EpisodeError(
-            f"{path} needs {cameras} cameras",
-            expected="a policy with one",
-            hint="recorded episodes have one camera, so such policies cannot be evaluated on them.",
-        )

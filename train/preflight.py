@@ -31,6 +31,7 @@ from train.load_config import LoadedConfig, Notes
 from train.memory import Device, MemoryEstimate, ParameterCounts, count_parameters, estimate_memory
 from train.preflight_checks import CHECKS
 from train.preflight_files import LEDGER_NAME, Problem, existing_parent, file_problems, refuse
+from train.robovlms_base import StartingPoint
 from train.run_setup import Gathered
 from train.sampling import steps_per_epoch
 
@@ -68,6 +69,7 @@ class Plan:
         files: the config and its parents.
         notes: what a lab's config says that does not count, or is not certain.
         base, base_sha256: the directory that training starts from.
+        start: the checkpoint that it was made of, if any.
         parameters: of the policy.
         train, val: the two parts.
         action_range: physical values of -1 and +1.
@@ -88,6 +90,7 @@ class Plan:
     notes: Notes
     base: Path
     base_sha256: str
+    start: StartingPoint
     parameters: ParameterCounts
     train: PartFacts
     val: PartFacts
@@ -122,6 +125,7 @@ def preflight(
     resume: bool | None = None,
     device: Device | None = None,
     processes: int = 1,
+    strict: bool = True,
 ) -> Plan:
     """Plan the run and check it.
 
@@ -130,6 +134,7 @@ def preflight(
         resume: whether it goes on with an earlier run; None only says that there is one.
         device: what trains; None takes a GPU if there is one.
         processes: of a distributed run.
+        strict: False leaves what stands in the way to the caller, in the plan's problems.
 
     Raises:
         ConfigError: lists everything that stands in the way.
@@ -139,7 +144,8 @@ def preflight(
         plan = replace(plan, exists=False)
     found = [problem for check in CHECKS for problem in check(plan, loaded.config)]
     plan = replace(plan, problems=(*file_problems(loaded, resume=resume), *found))
-    refuse(plan.problems, name=plan.name)
+    if strict:
+        refuse(plan.problems, name=plan.name)
     return plan
 
 
@@ -150,7 +156,7 @@ def _plan(loaded: LoadedConfig, gathered: Gathered, device: Device, processes: i
     counts = count_parameters(kosmos, config)
     prompts = {text: ids.tolist() for text, ids in gathered.prompts.items()}
     per_epoch = steps_per_epoch([len(episode) for episode in train], config.loop, window=data.window)
-    width = kosmos.latent_query_num * kosmos.text_config.embed_dim
+    width = len(data.cameras) * kosmos.latent_query_num * kosmos.text_config.embed_dim
     return Plan(
         name=config.name,
         folder=gathered.folder,
@@ -159,6 +165,7 @@ def _plan(loaded: LoadedConfig, gathered: Gathered, device: Device, processes: i
         notes=loaded.notes,
         base=gathered.base,
         base_sha256=gathered.base_sha256,
+        start=gathered.start,
         parameters=counts,
         train=part_facts(train, window=data.window),
         val=part_facts(val, window=data.window),

@@ -18,7 +18,7 @@ from train.ledger import check_resumable, read_run
 from train.load_config import LoadedConfig
 
 LEDGER_NAME = "run.json"
-_KOSMOS = "download the directory of microsoft/kosmos-2-patch14-224 and let base.model name it."
+_KOSMOS = "download the directory of microsoft/kosmos-2-patch14-224 and let {} name it."
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,22 @@ def refuse(problems: Sequence[Problem], *, name: str) -> None:
     )
 
 
-def require_files(loaded: LoadedConfig, *, resume: bool | None = None) -> None:
+def require_files(loaded: LoadedConfig, *, resume: bool | None = None, weights: bool = True) -> None:
     """Refuse a config that names what is not there; before anything is read.
 
     Args:
         resume: whether the run goes on with an earlier one; None does not ask.
+        weights: whether the checkpoint to start from counts: without it everything but the training can still be looked at.
 
     Raises:
         ConfigError: lists everything that is missing.
     """
-    refuse(file_problems(loaded, resume=resume), name=loaded.config.name)
+    problems = file_problems(loaded, resume=resume)
+    if not weights:
+        idle = tuple(_weights(loaded))
+        if all((problem.what, problem.hint) in idle for problem in problems):
+            return
+    refuse(problems, name=loaded.config.name)
 
 
 def file_problems(loaded: LoadedConfig, *, resume: bool | None = None) -> tuple[Problem, ...]:
@@ -75,27 +81,37 @@ def file_problems(loaded: LoadedConfig, *, resume: bool | None = None) -> tuple[
 
 def _base(loaded: LoadedConfig) -> Iterator[tuple[str, str]]:
     config, root = loaded.config.base, loaded.root
-    model = root / config.model
+    model, key = root / config.model, loaded.key("base.model")
+    kosmos = _KOSMOS.format(key)
     if model.is_file():
-        yield f"base.model is a file: {model}", f"{_KOSMOS} A RoboVLMs checkpoint to start from goes into base.weights."
+        yield f"{key} is a file: {model}", f"{kosmos} A RoboVLMs checkpoint to start from goes into base.weights."
     elif not model.is_dir():
-        yield f"base.model does not exist: {model}", _KOSMOS
+        yield f"{key} does not exist: {model}", kosmos
     else:
         for name in ("config.json", "tokenizer.json"):
             if not (model / name).is_file():
-                yield f"base.model lacks {name}: {model}", _KOSMOS
+                yield f"{key} lacks {name}: {model}", kosmos
         if not any(model.glob("model*.safetensors")):
             pickled = any(model.glob("*.bin"))
             yield (
-                f"base.model lacks model.safetensors: {model}",
-                "its weights are pickled, which is not read: " + _KOSMOS if pickled else _KOSMOS,
+                f"{key} lacks model.safetensors: {model}",
+                "its weights are pickled, which is not read: " + kosmos if pickled else kosmos,
             )
-    if config.weights is not None and not (root / config.weights).is_file():
-        what = "is a folder" if (root / config.weights).is_dir() else "does not exist"
-        yield (
-            f"base.weights {what}: {root / config.weights}",
-            "name a checkpoint file (.ckpt or .pt); without base.weights training starts from base.model.",
-        )
+    yield from _weights(loaded)
+
+
+def _weights(loaded: LoadedConfig) -> Iterator[tuple[str, str]]:
+    if (weights := missing_weights(loaded)) is not None:
+        what, key = "is a folder" if weights.is_dir() else "does not exist", loaded.key("base.weights")
+        hint = f"name a checkpoint file (.ckpt or .pt); without {key} training starts from {loaded.key('base.model')}."
+        yield f"{key} {what}: {weights}", hint
+
+
+def missing_weights(loaded: LoadedConfig) -> Path | None:
+    """The checkpoint to start from, if there is to be one and it is no file."""
+    weights = loaded.config.base.weights
+    path = None if weights is None else loaded.root / weights
+    return None if path is None or path.is_file() else path
 
 
 def _data(loaded: LoadedConfig) -> Iterator[tuple[str, str]]:

@@ -46,8 +46,10 @@ def _summary(plan: Plan) -> Table:
     rows = {
         "config": " over ".join(map(_path, plan.files)),
         "base": f"{_path(plan.base)}  sha256 {plan.base_sha256[:12]}",
+        **_start(plan),
         "trains": f"{counts.trained:,} of {counts.total:,} parameters on {plan.device}"
         + (f", {plan.processes} processes" if plan.processes > 1 else ""),
+        "of it": ", ".join(f"{part.name} {part.values:,} in {part.tensors:,}" for part in counts.parts) + " tensors",
         "steps": f"{plan.steps:,} ({plan.steps_per_epoch:,} in an epoch), {plan.warmup_steps:,} of them warm-up",
         "memory": f"about {_size(memory.total)}, {_size(plan.memory_free)} free: "
         + _listed(
@@ -68,6 +70,11 @@ def _summary(plan: Plan) -> Table:
     for key, value in rows.items():
         table.add_row(key, Text(value))
     return table
+
+
+def _start(plan: Plan) -> dict[str, str]:
+    start = plan.start
+    return {} if start.weights_sha256 is None else {"weights": f"{start.story}  sha256 {start.weights_sha256[:12]}"}
 
 
 def _data(plan: Plan) -> Table:

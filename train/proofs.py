@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -22,13 +23,17 @@ class ParameterGroup:
 
 def trained_groups(module: nn.Module) -> tuple[ParameterGroup, ...]:
     """What trains, grouped by part, largest first."""
+    return groups_of({name: p.numel() for name, p in module.named_parameters() if p.requires_grad})
+
+
+def groups_of(sizes: Mapping[str, int]) -> tuple[ParameterGroup, ...]:
+    """Parameters by part, largest first; `sizes` has the number of values of each, by name."""
     tensors: Counter[str] = Counter()
     values: Counter[str] = Counter()
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            part = _part(name)
-            tensors[part] += 1
-            values[part] += parameter.numel()
+    for name, size in sizes.items():
+        part = _part(name)
+        tensors[part] += 1
+        values[part] += size
     return tuple(ParameterGroup(name, tensors[name], count) for name, count in values.most_common())
 
 

@@ -20,17 +20,31 @@ if TYPE_CHECKING:
 
 
 class Recordings:
-    """Remembers the datasets that it has opened."""
+    """Remembers the datasets that it has opened.
 
-    def __init__(self) -> None:
+    Args:
+        cameras: that every recording must have.
+    """
+
+    def __init__(self, cameras: Sequence[str] = ("static",)) -> None:
+        self._cameras = cameras
         self._datasets: dict[Path, LeRobotDataset] = {}
 
     def open(self, path: Path, *, schema: Schema | None) -> Episode:
         """As `open_episode`.
 
         Raises:
-            EpisodeError: see open_episode; or a schema is stated for a LeRobot dataset.
+            EpisodeError: see open_episode; or a camera is missing, or a schema is stated for a LeRobot dataset.
         """
+        episode = self._open(path, schema)
+        try:
+            episode.require_cameras(self._cameras)
+        except EpisodeError:
+            episode.close()
+            raise
+        return episode
+
+    def _open(self, path: Path, schema: Schema | None) -> Episode:
         part = split_name(path)
         if part is None:
             return open_episode(path, schema=schema)
@@ -60,8 +74,8 @@ class Recordings:
         files = [path for path in paths if path not in parts]
         report = progress or (lambda done, total: None)
         hashes = hash_files(files, cache, lambda done, _: report(done, len(paths)))
-        videos = {self._dataset(folder).video_file(index) for folder, index in parts.values()}
-        of_videos = hash_files(sorted(video for video in videos if video is not None), cache)
+        videos = {video for folder, index in parts.values() for video in self._dataset(folder).video_files(index)}
+        of_videos = hash_files(sorted(videos), cache)
         for done, (path, (folder, index)) in enumerate(parts.items(), start=len(files) + 1):
             hashes[path] = self._dataset(folder).sha256(index, of_videos.__getitem__)
             report(done, len(paths))

@@ -17,6 +17,8 @@ from train.config import PolicySpec, policy_spec
 from train.robovlms_data import augment_settings, box_annotations, data_settings, is_h5
 from train.robovlms_heads import class_settings, prompt_settings
 from train.robovlms_keys import LabConfig, Notes
+from train.robovlms_lora import lora_settings
+from train.robovlms_weights import weights_settings
 
 __all__ = ["Notes", "from_robovlms", "is_robovlms"]
 
@@ -112,8 +114,6 @@ def _refused(lab: LabConfig) -> list[tuple[str, object, str]]:
     sampling = lab.get("act_head.down_sample", "none")
     if sampling == "pooling" and lab.get("act_head.latent", 1) > 1:
         found.append(("act_head.down_sample", sampling, "none, where act_head.latent is more than 1"))
-    if lab.get("use_hand_rgb", False):
-        found.append(("use_hand_rgb", True, "one camera"))
     boxes = box_annotations(lab)
     if boxes is not None:
         found.append(("grounding_aux", str(boxes), "actions alone: boxes are not learned"))
@@ -127,10 +127,8 @@ def _name(lab: LabConfig) -> str:
 
 
 def _base(lab: LabConfig) -> dict[str, Any]:
-    base = {"model": lab.require("vlm.pretrained_model_name_or_path")}
-    if (weights := lab.get("model_load_path")) is not None:
-        base["weights"] = weights
-        lab.assume(f"of {weights} the backbone is taken, adapters merged; the head starts anew")
+    base = {"model": lab.require("vlm.pretrained_model_name_or_path"), **weights_settings(lab)}
+    lab.name("base.model", "vlm.pretrained_model_name_or_path")
     if (digest := lab.get("jetvla.base_sha256")) is not None:
         base["sha256"] = digest
     if (path := lab.get("resume")) is not None:
@@ -174,11 +172,11 @@ def _model(lab: LabConfig, spec: PolicySpec) -> dict[str, Any]:
 
 
 def _tunes_projection(lab: LabConfig) -> bool:
-    asked = [key for key in ("tune_mm_mlp_adapter", "tune_mm_projector") if lab.get(f"train_setup.{key}", False)]
-    if not asked or lab.get("train_setup.freeze_mm_mlp_adapter", False):
+    """Of the `mm` keys that configs have from LLaVA, the fork's code reads this one alone."""
+    if not lab.get("train_setup.tune_mm_projector", False):
         return False
     lab.assume(
-        f"train_setup.{asked[0]}: the projection trains; RoboVLMs itself never reads this key, later trainers of the fork may"
+        "train_setup.tune_mm_projector: the projection trains, as in the fork; upstream's code does not read the key"
     )
     return True
 
@@ -186,14 +184,11 @@ def _tunes_projection(lab: LabConfig) -> bool:
 def _lora(lab: LabConfig, spec: PolicySpec) -> dict[str, Any]:
     assert spec.lora is not None
     setup = "train_setup."
-    for key in ("lora_r", "lora_alpha", "lora_dropout"):
-        lab.get(setup + key)
     lost = ["freeze_backbone false"] if not lab.get(setup + "freeze_backbone", True) else []
     lost += ["train_vision"] if lab.get(setup + "train_vision", False) else []
     if lost:
         lab.assume(f"without effect: {', '.join(lost)}; adapters freeze everything of the base but the word embeddings")
-    bias = lab.get(setup + "lora_bias", "none")
-    return {"targets": "all", "r": spec.lora.r, "alpha": spec.lora.alpha, "dropout": spec.lora.dropout, "bias": bias}
+    return lora_settings(lab, spec.lora)
 
 
 def _optimizer(lab: LabConfig) -> dict[str, Any]:

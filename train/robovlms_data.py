@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from episodes.reader import CAMERAS
 from train.config import PolicySpec
 from train.robovlms_heads import ClassSettings
 from train.robovlms_keys import LabConfig
@@ -41,6 +42,7 @@ def data_settings(lab: LabConfig, spec: PolicySpec, words: dict[str, Any], class
     data: dict[str, Any] = {
         "actions": classes.axes or tuple(lab.get("jetvla.action_names", _axes(spec, lab))),
         "sources": [_source(lab, path) for path in lab.datasets("train_dataset")],
+        "cameras": CAMERAS if lab.get("use_hand_rgb", False) else ("static",),
         "window": spec.window,
         "chunk": spec.chunk,
         "action_range": _action_range(lab, spec, fork=fork),

@@ -58,8 +58,7 @@ ACTS: dict[str, str] = {
     **_keys(NUMBER, "label_smoothing prior_reg_weight action_weight_non_forward", section="act_head."),
     **_keys(
         FLAG,
-        "freeze_backbone lora_enable train_vision train_text_embedding gradient_checkpointing tune_mm_mlp_adapter "
-        "tune_mm_projector freeze_mm_mlp_adapter",
+        "freeze_backbone lora_enable train_vision train_text_embedding gradient_checkpointing tune_mm_projector",
         section="train_setup.",
     ),
     **_keys(WHOLE, "lora_r lora_decoder_layers train_decoder_layers bits", section="train_setup."),
@@ -94,7 +93,12 @@ REFUSED: dict[str, Refused] = {
     "model": Refused(TEXT, lambda value: value == "kosmos", "kosmos: Kosmos-2 is the backbone"),
     "image_size": Refused(WHOLE, lambda value: value == 224, "224, the size of Kosmos-2's position table"),
     "use_mu_law": Refused(FLAG, _off, "actions on a linear scale"),
-    "use_clip_norm": Refused(FLAG, _off, f"no such loss: {_ONE_LOSS}"),
+    "use_clip_norm": Refused(
+        FLAG,
+        _off,
+        "false: that loss pulls action features towards the instruction's embedding by OpenAI's CLIP ViT-L-14, which trains along and "
+        "stands in no Kosmos-2 directory; it would take CLIP's weights and tokenizer",
+    ),
     "use_vision_resampler": Refused(FLAG, _off, "Kosmos-2's own resampler"),
     "tcp_rel": Refused(FLAG, _off, "actions in the robot's frame, as recorded"),
     "regular_action": Refused(FLAG, _off, "norm_action scales, x_mean and x_std do not"),
@@ -105,6 +109,7 @@ REFUSED: dict[str, Refused] = {
     "act_head.instr_in_features": Refused(WHOLE, _off, "words reach the head through the backbone alone"),
     "act_head.text_in_features": Refused(WHOLE, _off, "words reach the head through the backbone alone"),
     "act_head.policy_rnn_dropout_p": Refused(NUMBER, _off, "0: an LSTM without dropout"),
+    "train_setup.reinit": Refused(FLAG, _off, "false: training starts from Kosmos-2's weights"),
     "train_setup.predict_action": Refused(FLAG, bool, "true: actions are what is learned"),
     **{
         f"train_setup.{name}": Refused(FLAG, _off, f"false: {_ONE_LOSS}")
@@ -184,11 +189,11 @@ NO_EFFECT: dict[str, str] = {
     **_unread("LSTM heads read policy_rnn_dropout_p alone", "dropout", section="act_head."),
     **_unread(
         "read by LLaVA's trainer, not by RoboVLMs'",
-        "mm_use_im_start_end mm_use_im_patch_token mm_projector_lr train_full_decoder",
+        "mm_use_im_start_end mm_use_im_patch_token mm_projector_lr train_full_decoder tune_mm_mlp_adapter freeze_mm_mlp_adapter",
         section="train_setup.",
     ),
     **_unread("trainer.precision overwrites it", "precision", section="train_setup."),
-    **_unread("Kosmos-2's resampler is part of the projection", "freeze_resampler reinit", section="train_setup."),
+    **_unread("Kosmos-2's resampler is part of the projection", "freeze_resampler", section="train_setup."),
     **_unread(
         _LIGHTNING,
         "accelerator strategy logger use_distributed_sampler log_every_n_steps val_check_interval check_val_every_n_epoch "

@@ -40,11 +40,13 @@ class Notes:
         ignored: known keys without effect here, by dotted path.
         assumed: sentences: where the original run may have been another one than the config says, or ours will be.
         unknown: keys that RoboVLMs does not know, with the known key that may have been meant.
+        names: settings of ours by dotted path, and the key of this config that each was read from, where messages need it.
     """
 
     ignored: tuple[str, ...] = ()
     assumed: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
+    names: tuple[tuple[str, str], ...] = ()
 
 
 class LabConfig:
@@ -64,6 +66,7 @@ class LabConfig:
         self._leaves = dict(_leaves(values, ""))
         self._read: set[str] = {"parent"}  # followed when the file was read
         self._assumed: list[str] = []
+        self._names: dict[str, str] = {}
         for path, value in self._leaves.items():
             kind = _kind(path)
             if kind is not None and value is not None and not _fits(value, kind):
@@ -89,6 +92,10 @@ class LabConfig:
     def assume(self, sentence: str) -> None:
         """Note that something is not as the config says, or cannot be known from it."""
         self._assumed.append(sentence)
+
+    def name(self, setting: str, key: str) -> None:
+        """Note which key of this config a setting of ours was read from."""
+        self._names[setting] = key
 
     def unusable(self, path: str, *, expected: object) -> ConfigError:
         """The error for a key whose value, or absence, cannot be worked with."""
@@ -142,7 +149,7 @@ class LabConfig:
         strange = {path for path, _ in unknown}
         ignored = tuple(path for path in self._leaves if path not in self._read | strange)
         texts = tuple(path if near is None else f"{path}: did you mean {near}?" for path, near in unknown)
-        return Notes(ignored, tuple(self._assumed), texts)
+        return Notes(ignored, tuple(self._assumed), texts, tuple(self._names.items()))
 
     def _unknown(self) -> list[tuple[str, str | None]]:
         """Keys that RoboVLMs does not know, each with the nearest one that it does."""

@@ -22,6 +22,7 @@ from train.checkpoint_file import small_metadata
 from train.facts import SECTION, TrainingFacts
 from train.keys import canonical
 from train.large_files import replacing
+from train.lora_targets import robovlms_targets
 from train.policy import KosmosPolicy
 from train.robovlms_layout import layout_keys
 from train.robovlms_record import RobovlmsRun, robovlms_config
@@ -47,11 +48,12 @@ def checkpoint_config(run: RunConfig, policy: KosmosPolicy, facts: TrainingFacts
         "gradient_clip_val": optimizer.clip_norm,
         "train_setup.freeze_backbone": model.freeze_backbone,
         "train_setup.train_vision": model.train_vision,
-        "train_setup.tune_mm_mlp_adapter": model.train_projection,
+        "train_setup.tune_mm_projector": model.train_projection,
         "train_setup.train_text_embedding": model.train_text_embedding,
         "train_setup.gradient_checkpointing": model.gradient_checkpointing,
         "trainer.max_epochs": run.loop.epochs,
         "trainer.accumulate_grad_batches": run.loop.accumulate,
+        **robovlms_targets(lora, policy.adapted),
         "image_size": spec.image_size,
         "norm_action": spec.normalized,
         SECTION: msgspec.to_builtins(facts),
@@ -64,6 +66,7 @@ def checkpoint_config(run: RunConfig, policy: KosmosPolicy, facts: TrainingFacts
             limits=(spec.minimum, spec.maximum),
             lora=None if spec.lora is None else (lora.r, lora.alpha, lora.dropout, lora.bias),
             fork=spec.fork,
+            hand_camera=spec.hand_camera,
             base=base,
             seed=run.loop.seed,
             task=run.name,

@@ -21,9 +21,9 @@ NotNegative = Annotated[int, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 AboveZero = Annotated[float, Meta(gt=0.0)]
 AtLeastZero = Annotated[float, Meta(ge=0.0)]
+Text = Annotated[str, Meta(min_length=1)]
 Kind = Literal["real", "sim", "augmented"]
 Precision = Literal["fp32", "bf16", "fp16"]
-Targets = Literal["all", "text", "none"]
 
 
 class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -35,12 +35,15 @@ class BaseConfig(_Strict, frozen=True):
 
     Attributes:
         model: Hugging Face Kosmos-2 directory: config.json, tokenizer.json, model.safetensors.
-        weights: a RoboVLMs checkpoint whose backbone, adapters merged, replaces the directory's weights; its head is not used.
+        weights: a RoboVLMs checkpoint to start from instead of the directory's weights.
+        take: of that checkpoint: `backbone` is its vision-language part, adapters merged, under a new head; `policy` takes head and action
+            token too, and goes on with its adapters if the run has the same ones.
         sha256: hash of the directory's weights, as runs record it; another base is refused.
     """
 
     model: str
     weights: str | None = None
+    take: Literal["backbone", "policy"] = "backbone"
     sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")] | None = None
 
 
@@ -48,7 +51,7 @@ class SourceConfig(_Strict, frozen=True):
     """Episodes of one kind.
 
     Attributes:
-        files: paths, folders or globs of HDF5 episodes, or folders of LeRobot v3 datasets with one camera; relative ones start at the
+        files: paths, folders or globs of HDF5 episodes, or folders of LeRobot v3 datasets; relative ones start at the
             config's folder.
         kind: what they are; the run records how many frames of each kind it saw.
         schema: of HDF5 files, where it is recognised wrongly.
@@ -80,6 +83,7 @@ class DataConfig(_Strict, frozen=True):
     Attributes:
         sources: the episodes.
         actions: the columns that are learned, by name.
+        cameras: what the policy sees: `static`, or `hand` and `static`, which every episode must then have.
         window: W, frames of history.
         chunk: n, actions that are predicted at each frame.
         action_range: physical values that become -1 and +1; what exceeds them is clipped. `auto` takes the largest absolute action of the
@@ -97,6 +101,7 @@ class DataConfig(_Strict, frozen=True):
 
     sources: tuple[SourceConfig, ...]
     actions: tuple[str, ...] = ("linear_x", "linear_y")
+    cameras: tuple[Literal["hand", "static"], ...] = ("static",)
     window: Positive = 8
     chunk: Positive = 10
     action_range: Literal["auto"] | tuple[float, float] = "auto"
@@ -148,14 +153,17 @@ class LoraConfig(_Strict, frozen=True):
 
     Attributes:
         targets: `all` is every Linear of text, vision and projection, as upstream; `text` leaves vision and projection alone, which allows
-            the cache of image tokens; `none` trains no adapter.
+            the cache of image tokens; `vision` is these two alone; `none` trains no adapter. Else as peft has it: a list of names, each
+            of which also means every module whose path ends with it, or one regular expression that matches whole paths.
+        layers: only the last so many layers of the text model; or a list of layers by number, from 0, of text model and vision tower.
         r: rank: W += (alpha / r) B A.
         alpha: strength, see r.
         dropout: on A's input.
         bias: which biases train with the adapters: none, those of adapted modules, or all.
     """
 
-    targets: Targets = "all"
+    targets: Text | Annotated[tuple[Text, ...], Meta(min_length=1)] = "all"
+    layers: Positive | Annotated[tuple[NotNegative, ...], Meta(min_length=1)] | None = None
     r: Positive = 32
     alpha: AboveZero = 16.0
     dropout: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.1

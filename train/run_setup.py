@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bundle.errors import BaseWeightsError, ConfigError
 from bundle.tokenization import tokenize
+from episodes.reader import CAMERAS
 from train.action_classes import USUAL_SPEED_MPS, ClassTable, classes_of_model
 from train.augmentation import Augmenter
 from train.base import base_weights, read_base_config, tensors_sha256
@@ -31,7 +32,8 @@ from train.inputs import InputSource, instructions_of
 from train.load_config import LoadedConfig
 from train.losses import LossSpec, balanced_weights
 from train.policy import KosmosPolicy
-from train.robovlms_base import robovlms_base
+from train.preflight_files import missing_weights
+from train.robovlms_base import StartingPoint, starting_point
 from train.run_checkpoints import checkpoint_config
 from train.run_config import RunConfig
 from train.sampling import steps_per_epoch
@@ -58,6 +60,7 @@ class Gathered:
         root: where relative paths start.
         folder: of the run.
         base: directory of the base model, and the hash of its weights.
+        start: the checkpoint that they are from, if any.
         train, val: the episodes of both parts.
         split: the same by name.
         action_range: physical values of -1 and +1.
@@ -71,6 +74,7 @@ class Gathered:
     folder: Path
     base: Path
     base_sha256: str
+    start: StartingPoint
     train: tuple[TrainingEpisode, ...]
     val: tuple[TrainingEpisode, ...]
     split: Split
@@ -134,9 +138,11 @@ def gather(loaded: LoadedConfig, bar: Bar = no_bar) -> Gathered:
     cache = root / config.output.cache if config.output.cache else runs / ".cache"
     model = root / config.base.model
     kosmos = read_base_config(model)
-    base = model
-    if config.base.weights is not None:
-        base = robovlms_base(root / config.base.weights, model, cache / "bases")
+    # Where the checkpoint is missing, everything else can still be shown; training is refused by then.
+    start = StartingPoint(model)
+    if missing_weights(loaded) is None:
+        start = starting_point(config.base, config.model.lora, root=root, folder=cache / "bases")
+    base = start.base
     with bar(
         "hashing the base weights", sum(file.stat().st_size for file in base.glob("model*.safetensors"))
     ) as advance:
@@ -169,6 +175,7 @@ def gather(loaded: LoadedConfig, bar: Bar = no_bar) -> Gathered:
         )
     augment = config.augment
     texts = (*instructions_of(episodes), *(augment.stop_words if augment.stop > 0 else ()))
+    cameras = tuple(camera for camera in CAMERAS if camera in config.data.cameras)
     prompts = {
         text: torch.tensor(tokenize(text, config.data.prompt_template, base / "tokenizer.json")) for text in texts
     }
@@ -179,12 +186,15 @@ def gather(loaded: LoadedConfig, bar: Bar = no_bar) -> Gathered:
         folder=runs / config.name,
         base=base,
         base_sha256=digest,
+        start=start,
         train=train,
         val=val,
         split=split,
         action_range=resolve_action_range(config.data, train),
         prompts=prompts,
-        store=FrameStore(cache / "frames", size=kosmos.vision_config.image_size, resize=config.data.resize),
+        store=FrameStore(
+            cache / "frames", size=kosmos.vision_config.image_size, resize=config.data.resize, cameras=cameras
+        ),
         cache=cache,
     )
 

@@ -1,8 +1,8 @@
 """Image tokens of episodes, computed once: where nothing that trains reaches the vision tower, they never change.
 
-One file per episode and orientation, float32 [T, N, D], named by everything that decides its content: base weights and the code that
-computes with them, preprocessing, the episode's bytes and schema (its colour order), and whether it is mirrored. Always computed in fp32,
-whatever the run's precision. Half a megabyte per frame for the real Kosmos-2.
+One file per episode and orientation, float32 [T, N, D] with the tokens of all cameras, named by everything that decides its content: base
+weights and the code that computes with them, preprocessing, the episode's bytes and schema (its colour order), and whether it is mirrored.
+Always computed in fp32, whatever the run's precision. Half a megabyte per frame for the real Kosmos-2.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from bundle.atomic import disk_errors
 from train.augmentation import mirror_frame
 from train.episode_set import TrainingEpisode
-from train.fast_forward import pixels_of
+from train.fast_forward import image_tokens, pixels_of
 from train.frame_store import FrameStore
 from train.large_files import replacing
 from train.policy import KosmosPolicy
@@ -45,7 +45,8 @@ class TokenCache:
         self._policy = policy
         self._store = store
         self._pixel_norm = pixel_norm
-        self._prefix = f"{base_sha256} {_code_of(policy)} {pixel_norm} {store.size} {store.resize}"
+        several = " ".join(store.cameras) if len(store.cameras) > 1 else ""
+        self._prefix = f"{base_sha256} {_code_of(policy)} {pixel_norm} {store.size} {store.resize}{several}"
 
     def tokens(self, episode: TrainingEpisode, *, mirrored: bool) -> NDArray[np.float32]:
         """Memory-mapped float32 [T, N, D].
@@ -76,7 +77,7 @@ class TokenCache:
 
     def _shape(self, episode: TrainingEpisode) -> tuple[int, int, int]:
         kosmos = self._policy.kosmos
-        return len(episode), kosmos.latent_query_num, kosmos.text_config.embed_dim
+        return len(episode), len(self._store.cameras) * kosmos.latent_query_num, kosmos.text_config.embed_dim
 
     def _path(self, episode: TrainingEpisode, *, mirrored: bool) -> Path:
         key = hashlib.sha256(f"{self._prefix} {episode.sha256} {episode.schema} {mirrored}".encode()).hexdigest()
@@ -90,8 +91,8 @@ class TokenCache:
         for start in range(0, len(episode), _AT_ONCE):
             chunk = np.asarray(frames[start : start + _AT_ONCE])
             if mirrored:
-                chunk = np.stack([mirror_frame(frame) for frame in chunk])
-            parts.append(self._policy.image_tokens(pixels_of(chunk, self._pixel_norm, device)).cpu().numpy())
+                chunk = mirror_frame(chunk)
+            parts.append(image_tokens(self._policy, pixels_of(chunk, self._pixel_norm, device)).cpu().numpy())
         with disk_errors(path):
             self._folder.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary, temporary.open("wb") as file:

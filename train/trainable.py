@@ -14,18 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import Kosmos2Config
 
-from bundle.errors import BaseWeightsError
+from bundle.errors import BaseWeightsError, CheckpointError
 from train.action_classes import NINE
 from train.action_head import ActionHead
 from train.base import base_weights, read_base_config
 from train.checkpoint import materialize_tables
 from train.config import HeadSpec, LoraSpec, PolicySpec
-from train.keys import map_keys
+from train.keys import canonical, map_keys
+from train.lora_targets import adapted_modules
 from train.policy import Conventions, KosmosPolicy
-from train.robovlms_layout import linear_modules
+from train.robovlms_base import START_NAME
 from train.run_config import ModelConfig, RunConfig
 
 _VISION = ("backbone.vision_model.", "backbone.image_to_text_projection.")
@@ -53,7 +54,7 @@ def policy_spec_of(config: RunConfig, *, action_range: tuple[float, float], imag
         window=config.data.window,
         chunk=config.data.chunk,
         image_size=image_size,
-        hand_camera=False,
+        hand_camera="hand" in config.data.cameras,
         normalized=config.model.head != "classes",
         minimum=action_range[0],
         maximum=action_range[1],
@@ -72,6 +73,7 @@ def build_policy(config: RunConfig, base: Path, *, action_range: tuple[float, fl
     Raises:
         BaseWeightsError: the directory lacks weights that the policy needs.
         ConfigError: no Kosmos-2 config in it.
+        CheckpointError: the policy to start from has another head.
     """
     kosmos = read_base_config(base)
     for name in ("dropout", "attention_dropout"):
@@ -79,25 +81,16 @@ def build_policy(config: RunConfig, base: Path, *, action_range: tuple[float, fl
     spec = policy_spec_of(config, action_range=action_range, image_size=kosmos.vision_config.image_size)
     conventions = Conventions(config.model.packing, "trained so", False, "trained so")
     with torch.device("meta"):
-        policy = KosmosPolicy(spec, kosmos, conventions, adapted_modules(kosmos, config.model))
+        policy = KosmosPolicy(spec, kosmos, conventions, adapted_modules(kosmos, config.model.lora))
     _assign_base(policy, base)
     _start_new(policy, config.loop.seed)
+    if config.base.take == "policy":
+        _start_from(policy, base / START_NAME)
     materialize_tables(policy.backbone)
     names = trainable_names(policy, config.model)
     for name, parameter in policy.named_parameters():
         parameter.requires_grad_(name in names)
     return policy
-
-
-def adapted_modules(kosmos: Kosmos2Config, model: ModelConfig) -> tuple[str, ...]:
-    """Paths below `backbone.` of the Linears that get adapters."""
-    if model.lora.targets == "none":
-        return ()
-    with torch.device("meta"):
-        from transformers.models.kosmos2.modeling_kosmos2 import Kosmos2Model
-
-        paths = linear_modules(Kosmos2Model(kosmos))
-    return tuple(path for path in paths if model.lora.targets == "all" or path.startswith("text_model."))
 
 
 def trainable_names(policy: KosmosPolicy, model: ModelConfig) -> frozenset[str]:
@@ -176,6 +169,24 @@ def _start_new(policy: KosmosPolicy, seed: int) -> None:
                 if ".lora_A." in name:
                     nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
                 _replace(policy, name, tensor)
+
+
+def _start_from(policy: KosmosPolicy, path: Path) -> None:
+    """Head, action token and adapters of an earlier policy; all of its head, or none."""
+    start = load_file(path)
+    raw = {canonical(name): name for name, _ in policy.named_parameters()}
+    head = [name for name in raw if not name.startswith("backbone.")]
+    wrong = [name for name in start if name not in raw or policy.get_parameter(raw[name]).shape != start[name].shape]
+    wrong += [name for name in head if name not in start]
+    if wrong:
+        raise CheckpointError(
+            "the policy of base.weights does not fit this run's",
+            got=f"{len(wrong)} parameters are missing or of another shape, first {wrong[0]}",
+            expected=f"a {policy.spec.head.kind} head of the run's model.hidden, model.layers, model.latent and data.chunk",
+            hint='base.take = "backbone" starts with a new head (load_vlm_only with pretrained_vlm_path, in a RoboVLMs config).',
+        )
+    for name, tensor in start.items():
+        _replace(policy, raw[name], tensor.float())
 
 
 def _replace(policy: nn.Module, name: str, tensor: Tensor) -> None:

@@ -22,11 +22,13 @@ class Frame:
         captured_s: when it was taken, by time.monotonic() of this machine; where the source cannot tell, when it arrived.
         source_stamp_s: the source's own time of it, or None. Compared only with other stamps of the same source: clocks of other machines
             jump and differ.
+        hand: the same of a second camera, at the robot's hand, where there is one; see runtime/cameras/pair.py.
     """
 
     pixels: NDArray[np.uint8]
     captured_s: float
     source_stamp_s: float | None = None
+    hand: NDArray[np.uint8] | None = None
 
 
 class EndOfFrames(Exception):

@@ -153,6 +153,7 @@ class EpisodeCamera:
             with warnings.catch_warnings():  # about an instruction that is missing, which is not for a camera to tell
                 warnings.simplefilter("ignore", self._warning)
                 self._episode = self._open_episode(self._config.path)
+                self._episode.require_cameras((self._config.view,))
         except JetvlaError as error:
             raise CameraError(error.what, got=error.got, expected=error.expected, hint=error.hint) from None
         self._fps = float(self._config.fps or self._episode.fps or _DEFAULT_FPS)
@@ -178,7 +179,7 @@ class EpisodeCamera:
                 raise EndOfFrames
         self._index = shown + 1
         try:
-            pixels: NDArray[np.uint8] = self._episode.frame(shown % length)
+            pixels: NDArray[np.uint8] = self._episode.frame(shown % length, self._config.view)
         except JetvlaError as error:
             raise FrameError(error.what, got=error.got, expected=error.expected, hint=error.hint) from None
         return Frame(upright(pixels, self._config), self._pace.due_s(shown), shown / self._fps)

@@ -122,19 +122,24 @@ class RemotePolicy:
         self._instruction = instruction
         self._begin(time.monotonic() + self._reset_timeout_s * _MARGIN)
 
-    def step(self, frame: NDArray[np.uint8]) -> ActionChunk:
+    def step(self, frame: NDArray[np.uint8], *, hand: NDArray[np.uint8] | None = None) -> ActionChunk:
         """Decide on one new observation. The chunk's `feature` is empty: it stays with the service.
 
         Args:
             frame: uint8 [H, W, 3] RGB, any size.
+            hand: nothing: a service has policies of one camera.
 
         Raises:
             PromptError: no `reset` yet, or the last one had an instruction that cannot be used.
-            FrameError: wrong dtype or shape.
+            FrameError: wrong dtype or shape, or a hand frame.
             ServiceError: no answer in time, a refusal, an answer that is none, or another bundle than at the start.
         """
         start = time.monotonic()
         deadline_s = start + self._timeout_s * _MARGIN
+        if hand is not None:
+            raise FrameError(
+                "the policy has no hand camera", got="a hand frame", hint="run such policies on the robot."
+            )
         if self._instruction is None:
             raise no_prompt()
         picture = encode(

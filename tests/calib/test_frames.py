@@ -12,6 +12,7 @@ from bundle.manifest import Manifest
 from calib.candidates import brightness, opened
 from calib.frames import calibration_frames, frames_sha256, random_sample, stretch_frames
 from calib.sample import Sample, draw
+from episodes.instruction import Side
 from episodes.reader import Episode, open_episode
 from episodes.sources import find_sources
 from episodes.synthetic import write_synthetic
@@ -30,14 +31,19 @@ def sample(manifest: Manifest, tmp_path: Path) -> Sample:
     folder.mkdir()
     for seed in range(5):
         # V6 stores BGR and no instruction: the reader has to do its part.
-        write_synthetic(folder, "v6", side="right" if seed % 2 else "left", seed=seed, height=24, width=32)
+        side: Side = "right" if seed % 2 else "left"
+        hand = len(manifest.preprocessing.cameras) > 1
+        write_synthetic(folder, "v6", side=side, seed=seed, height=24, width=32, hand=hand)
     return draw(find_sources([str(folder)]), manifest=manifest, frames=16, search_frames=8, test_frames=8)
 
 
 def seen(source: Path, index: int, manifest: Manifest) -> list[NDArray[np.uint8]]:
     with opened(source) as episode:
-        picture = resize(episode.frame(index), manifest.preprocessing, IMAGE_SIZE)
-    return [picture] * len(manifest.preprocessing.cameras)
+        views = {"static": episode.frame(index)}
+        if "hand" in manifest.preprocessing.cameras:
+            views["hand"] = views["static"][::-1]  # as the synthetic recorder has it
+        cameras = manifest.preprocessing.cameras
+        return [resize(np.ascontiguousarray(views[camera]), manifest.preprocessing, IMAGE_SIZE) for camera in cameras]
 
 
 def test_frames_are_what_the_runtime_feeds_and_files_are_opened_once(

@@ -276,11 +276,11 @@ def test_hashes_tell_contents_apart(recordings: list[Path], exported: Path, coun
     found = open_lerobot(exported)
     hashes = [found.sha256(index, no_video) for index in range(4)]
     assert len(set(hashes)) == 4
-    assert found.video_file(0) is None
+    assert found.video_files(0) == ()
     alone = open_lerobot(export_lerobot(recordings[1:2], tmp_path / "alone"))
     assert alone.sha256(0, no_video) == hashes[1]  # wherever it stands
     videos = open_lerobot(counted)
-    (path,) = {videos.video_file(0), videos.video_file(1)}
+    (path,) = {*videos.video_files(0), *videos.video_files(1)}
     assert path is not None
     of_first = videos.sha256(0, {path: "a"}.__getitem__)
     assert of_first == videos.sha256(0, {path: "a"}.__getitem__)
@@ -381,7 +381,17 @@ def test_cameras(dataset: Path) -> None:
         features["observation.images.wrist"] = dict(features[FRONT])
 
     edit_info(dataset, second)
-    with pytest.raises(EpisodeError, match=r"has 2 cameras(.|\n)*front, observation\.images\.wrist(.|\n)*pass camera="):
+    both = open_lerobot(dataset)
+    assert both.camera.name == FRONT
+    assert both.episode(0).cameras == ("hand", "static")  # by their names
+
+    def third(info: dict[str, object]) -> None:
+        features = info["features"]
+        assert isinstance(features, dict)
+        features["observation.images.side"] = dict(features[FRONT])
+
+    edit_info(dataset, third)
+    with pytest.raises(EpisodeError, match=r"has 3 cameras(.|\n)*front, observation\.images\.wrist(.|\n)*pass camera="):
         open_lerobot(dataset)
     with pytest.raises(EpisodeError, match="has no camera 'top'"):
         open_lerobot(dataset, camera="top")

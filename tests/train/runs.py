@@ -65,8 +65,10 @@ class RunFiles:
         return path
 
 
-def make_run_files(folder: Path, base: SyntheticFiles, *, episodes: int = EPISODES, length: int = LENGTH) -> RunFiles:
-    """The files, half of the episodes to each side."""
+def make_run_files(
+    folder: Path, base: SyntheticFiles, *, episodes: int = EPISODES, length: int = LENGTH, hand: bool = False
+) -> RunFiles:
+    """The files, half of the episodes to each side; `hand` gives them a second camera."""
     files = RunFiles(folder)
     files.base.symlink_to(base.base)
     files.episodes.mkdir()
@@ -80,5 +82,6 @@ def make_run_files(folder: Path, base: SyntheticFiles, *, episodes: int = EPISOD
             width=64,
             length=length,
             decoy=True,
+            hand=hand,
         )
     return files

@@ -132,6 +132,22 @@ def test_a_missing_required_key_is_named(config: Config, path: str) -> None:
         policy_spec(config)
 
 
+@pytest.mark.parametrize(
+    ("dataset", "key"),
+    [
+        ({"abs_action": True}, "train_dataset.abs_action"),
+        ([{"abs_action": False}, {"abs_action": True}], r"train_dataset\[1\]\.abs_action"),
+    ],
+)
+def test_sizes_without_a_sign_are_refused_by_the_exporter_too(config: Config, dataset: Any, key: str) -> None:
+    """Every command would go to one side."""
+    config["train_dataset"] = dataset
+    with pytest.raises(UnsupportedPolicyError, match=rf"uses {key} = True(.|\n)*the side that the instruction names"):
+        policy_spec(config)
+    config["train_dataset"] = {"abs_action": False}
+    policy_spec(config)
+
+
 OPTIONAL = (
     "image_size",
     "norm_min",

@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +97,14 @@ class Scripted:
         self.action: Action = action_of(spec)
         self.template = spec.prompt_template
         self.description = "scripted"
+        self.cameras: tuple[str, ...] = ("static",)
         self._chunks = chunks
         self._now: list[NDArray[np.float32]] = []
 
     def reset(self, instruction: str) -> None:
         self._now = list(self._chunks[instruction])
 
-    def predict(self, frame: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def predict(self, frames: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
         return self._now.pop(0)
 
     def check_rate(self, fps: float | None) -> None:

@@ -104,6 +104,8 @@ def test_map_keys_finds_every_tensor_of_a_checkpoint_once(peft: str) -> None:
         "model.lm_head.actions.mlp.0.weight",
         "model.backbone.text_model.lm_head.weight",
         "model.act_head.class_weights_tensor",
+        "model.clip_norm_head.lang_fc.weight",
+        "model.clip_norm_head.model.text_projection",
     ],
 )
 def test_buffers_and_second_names_are_ignored_by_name(stray: str) -> None:

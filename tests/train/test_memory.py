@@ -61,6 +61,8 @@ def kept_by_autograd(run: RunConfig) -> int:
     [
         {},
         {"lora": {"targets": "text"}},
+        {"lora": {"targets": "vision"}},
+        {"lora": {"targets": ["q_proj", "fc1"]}},
         NOTHING_ADAPTED,
         {**NOTHING_ADAPTED, "train_vision": True},
         {**NOTHING_ADAPTED, "train_projection": True},

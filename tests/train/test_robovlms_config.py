@@ -238,9 +238,57 @@ def test_what_trains_without_adapters() -> None:
 
     projection = run(**lora, train_setup__tune_mm_projector=True).model
     assert (projection.freeze_backbone, projection.train_projection) == (True, True)
-    assert not run(
+    # Of LLaVA's keys the fork's code reads that one alone.
+    assert run(
         **lora, train_setup__tune_mm_projector=True, train_setup__freeze_mm_mlp_adapter=True
     ).model.train_projection
+    assert not run(**lora, train_setup__tune_mm_mlp_adapter=True).model.train_projection
+
+
+@pytest.mark.parametrize(
+    ("targets", "layers", "expected"),
+    [
+        (None, None, ("all", None)),
+        (None, -1, ("all", None)),
+        (None, 4, ("all", 4)),
+        ("all-linear", None, ("all", None)),
+        (["q_proj", "fc1"], None, (("q_proj", "fc1"), None)),
+        (["q_proj", "lm_head"], -1, (("q_proj",), None)),
+        (r"vision_model\..+\.q_proj", None, (r"vision_model\..+\.q_proj", None)),
+        # The lab's code reads the layers only where no targets are named.
+        (["q_proj"], 4, (("q_proj",), None)),
+    ],
+)
+def test_adapters_as_the_labs_code_hands_them_to_peft(targets: object, layers: object, expected: object) -> None:
+    changes = {"train_setup__lora_target_modules": targets, "train_setup__lora_decoder_layers": layers}
+    lora = run(**changes).model.lora
+
+    assert (lora.targets, lora.layers) == expected
+    idle = "lora_decoder_layers 4; the lab's code reads it only where" in assumed(**changes)
+    assert idle == (targets is not None and layers == 4)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("lora_target_modules", ""),
+        ("lora_target_modules", []),
+        ("lora_target_modules", ["lm_head"]),
+        ("lora_target_modules", {"q_proj": 1}),
+        ("lora_target_modules", [3]),
+        ("lora_decoder_layers", 0),
+        ("lora_decoder_layers", -2),
+        ("lora_decoder_layers", "4"),
+    ],
+)
+def test_adapters_that_peft_or_the_lab_would_refuse(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"lab\.json: `train_setup\.{key}` is not usable"):
+        run(**{f"train_setup__{key}": value})
+
+
+def test_the_hand_camera() -> None:
+    assert run().data.cameras == ("static",)
+    assert run(use_hand_rgb=True).data.cameras == ("hand", "static")
 
 
 def test_augmentation() -> None:
@@ -305,16 +353,42 @@ def test_names_become_folders(written: str | None, name: str) -> None:
     assert run(exp_name=written).name == name
 
 
-def test_weights_to_start_from() -> None:
-    assert run(model_load_path="kosmos_ph.pt").base.weights == "kosmos_ph.pt"
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"model_load_path": "whole.pt"}, ("whole.pt", "policy")),
+        ({"pretrained_vlm_path": "part.pt", "load_vlm_only": True}, ("part.pt", "backbone")),
+        # As the fork's code: not read without the flag, and loaded over by the whole.
+        ({"pretrained_vlm_path": "part.pt"}, (None, "backbone")),
+        (
+            {"pretrained_vlm_path": "part.pt", "load_vlm_only": True, "model_load_path": "whole.pt"},
+            ("whole.pt", "policy"),
+        ),
+        ({"pretrained_vlm_path": None, "load_vlm_only": True, "model_load_source": "lightning"}, (None, "backbone")),
+        ({"model_load_path": ""}, (None, "backbone")),
+    ],
+)
+def test_weights_to_start_from(changes: dict[str, Any], expected: tuple[str | None, str]) -> None:
+    base = run(**changes).base
+
+    assert (base.weights, base.take) == expected
+    idle = "without effect: pretrained_vlm_path" in assumed(**changes)
+    assert idle == (changes.get("pretrained_vlm_path") is not None and base.weights != "part.pt")
+
+
+def test_a_source_that_robovlms_does_not_know() -> None:
+    assert run(model_load_source="hub").base.weights is None
+    with pytest.raises(ConfigError, match="`model_load_source` is not usable"):
+        run(model_load_path="whole.pt", model_load_source="hub")
 
 
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("use_hand_rgb", True),
         ("use_mu_law", True),
         ("use_vision_resampler", True),
+        ("use_clip_norm", True),
+        ("train_setup.reinit", True),
         ("tcp_rel", True),
         ("regular_action", True),
         ("model", "paligemma"),
