@@ -47,12 +47,15 @@ from train.policy import CLIP_MEAN, CLIP_STD
 
 EMBEDDING_WEIGHT = "backbone.text_model.model.embed_tokens.weight"
 # Sources whose change must rebuild a stage.
-_GRAPH_CODE = tuple(f"export/{name}.py" for name in ("onnx_ops", "ops", "stages", "to_onnx", "weight_file", "weights"))
+_GRAPH_CODE = (
+    *(f"export/{name}.py" for name in ("onnx_ops", "ops", "stages", "to_onnx", "weight_file", "weights")),
+    "train/vision_resampler.py",
+)
 # The dimensions and conventions that each stage's code reads; tests hold this against what it really reads.
 _STAGE_DIMS = {
     "vision": (
         "image_size", "patch", "patches", "vision_width", "vision_layers", "vision_heads", "vision_eps", "width", "heads", "latents",
-        "cameras", "image_tokens", "embed_scale", "x_attn_causal", "mean", "std",
+        "cameras", "image_tokens", "embed_scale", "x_attn_causal", "mean", "std", "perceiver",
     ),
     "language": ("width", "layers", "heads", "eps", "image_tokens", "head", "feature"),
     "action_head": ("window", "chunk", "head", "hidden", "feature"),

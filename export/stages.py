@@ -20,9 +20,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from export.ops import Ops
+from export.ops import Make, Ops
 from export.weights import MergedWeights
 from train.config import HeadSpec
+from train.vision_resampler import EPS, HEAD_WIDTH, HEADS
 
 T = TypeVar("T")
 # Added to scores of slots that must not be seen: exp() of it is exactly 0 in fp32, and it fits fp16.
@@ -55,6 +56,7 @@ class StageDims:
     window: int
     chunk: int
     head: HeadSpec
+    perceiver: int = 0  # layers of RoboVLMs' own resampler
 
     @property
     def patches(self) -> int:
@@ -109,6 +111,8 @@ def vision(ops: Ops[T], weights: MergedWeights, dims: StageDims, frames: T) -> T
     x = ops.div(x, ops.l2_norm(x, _L2_FLOOR))
     with ops.scope("resampler"):
         x = _resample(ops, weights, dims, x)
+    if dims.perceiver:
+        x = _perceive(ops, weights, dims, x)
     return ops.reshape(x, [1, dims.image_tokens, dims.width])
 
 
@@ -282,11 +286,53 @@ def _resample(ops: Ops[T], weights: MergedWeights, dims: StageDims, x: T) -> T:
     q = ops.weight("queries", lambda: _latent_heads(weights, dims, "q_proj") * scale)
     y = ops.reshape(_attend(ops, q, k, v, mask), [dims.image_tokens, width])
     out = f"{path}.x_attn.out_proj"
-    return ops.island(
-        ops.linear(
-            y, "out", lambda: weights.weight(out) * dims.embed_scale, lambda: weights.bias(out) * dims.embed_scale
+    last = 1.0 if dims.perceiver else dims.embed_scale
+    return ops.island(ops.linear(y, "out", lambda: weights.weight(out) * last, lambda: weights.bias(out) * last))
+
+
+def _perceive(ops: Ops[T], weights: MergedWeights, dims: StageDims, x: T) -> T:
+    """Image tokens [cameras * latents, D] through RoboVLMs' own resampler, scaled by embed_scale (train/vision_resampler.py)."""
+    count, rows, width = dims.latents, dims.image_tokens, dims.width
+    with ops.scope("perceiver"):
+        latents = ops.weight(
+            "latents", lambda: weights.tensor("vision_resampler.latents").repeat(dims.cameras, 1), island=True
         )
-    )
+        for index in range(dims.perceiver):
+            path = f"vision_resampler.layers.{index}"
+            with ops.scope(f"layers.{index}"):
+                media = _norm(ops, weights, x, "norm_media", f"{path}.0.norm_media", EPS)
+                own = _norm(ops, weights, latents, "norm_latents", f"{path}.0.norm_latents", EPS)
+                seen = ops.concat([ops.reshape(part, [dims.cameras, count, width]) for part in (media, own)], 1)
+                kv = ops.linear(
+                    ops.compute(ops.reshape(seen, [2 * rows, width])), "kv", _matrix(weights, f"{path}.0.to_kv"), None
+                )
+                q = ops.linear(ops.compute(own), "q", _matrix(weights, f"{path}.0.to_q", HEAD_WIDTH**-0.5), None)
+                k, v = ops.split(kv, 2, 1)
+                y = _attend(
+                    ops,
+                    _rows(ops, q, dims.cameras, count, HEADS),
+                    _columns(ops, k, dims.cameras, 2 * count, HEADS),
+                    _rows(ops, v, dims.cameras, 2 * count, HEADS),
+                    None,
+                )
+                y = ops.reshape(y, [rows, HEADS * HEAD_WIDTH])
+                latents = ops.add(latents, ops.island(ops.linear(y, "out", _matrix(weights, f"{path}.0.to_out"), None)))
+                y = ops.compute(_norm(ops, weights, latents, "norm", f"{path}.1.0", EPS))
+                y = ops.gelu(ops.island(ops.linear(y, "fc1", _matrix(weights, f"{path}.1.1"), None)))
+                y = ops.linear(ops.compute(y), "fc2", _matrix(weights, f"{path}.1.3"), None)
+                latents = ops.add(latents, ops.island(y))
+        return ops.layer_norm(
+            latents,
+            "norm",
+            lambda: weights.tensor("vision_resampler.norm.weight") * dims.embed_scale,
+            lambda: weights.tensor("vision_resampler.norm.bias") * dims.embed_scale,
+            EPS,
+        )
+
+
+def _matrix(weights: MergedWeights, path: str, scale: float = 1.0) -> Make:
+    """The weight of a Linear without bias, made when it is needed."""
+    return lambda: weights.weight(path) * scale
 
 
 def _attend(ops: Ops[T], q: T, k: T, v: T, mask: T | None) -> T:

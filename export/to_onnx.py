@@ -16,6 +16,7 @@ from export.weight_file import WeightFile
 from export.weights import MergedWeights
 from train.base import Base
 from train.policy import KosmosPolicy
+from train.vision_resampler import DEPTH
 
 COMPUTE: dict[FloatPrecision, str] = {"fp32": "float32", "fp16": "float16"}
 # Sequence lengths are rounded up to this: GEMM tiles of every backend divide by it, and near-equal instructions share a graph.
@@ -47,6 +48,7 @@ def stage_dims(
         window=policy.spec.window,
         chunk=policy.spec.chunk,
         head=policy.spec.head,
+        perceiver=DEPTH if policy.spec.vision_resampler else 0,
     )
 
 

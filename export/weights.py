@@ -16,7 +16,7 @@ from train.base import tensors_sha256
 
 STAGES = ("vision", "language", "action_head")
 _STAGE_PREFIXES = {
-    "vision": ("backbone.vision_model.", "backbone.image_to_text_projection."),
+    "vision": ("backbone.vision_model.", "backbone.image_to_text_projection.", "vision_resampler."),
     "language": ("backbone.text_model.model.layers.", "backbone.text_model.model.layer_norm."),
     "action_head": ("act_head.",),
     "embedding": ("backbone.text_model.model.embed_tokens.", "action_token"),

@@ -61,6 +61,7 @@ class TinyOptions:
     vision_layers: int = 2
     lstm_layers: int = 2
     scale_embedding: bool = True
+    vision_resampler: bool = False
     dtype: torch.dtype = torch.float64
     seed: int = 0
 
@@ -116,6 +117,7 @@ def tiny_policy(options: TinyOptions) -> TinyPolicy:
         fork=False,
         base_path=None,
         prompt_template="{instruction}",
+        vision_resampler=options.vision_resampler,
     )
     conventions = Conventions(options.packing, "a test", options.x_attn_causal, "a test")
     bare = KosmosPolicy(spec, kosmos, conventions)

@@ -63,7 +63,7 @@ class PolicySpec:
     `fork` marks the 2-DoF fork's trainer or heads, for which the packing must be asked. `pad_to` is the length of every prompt in tokens,
     None where it has its own; `prompt_source` says where text and length are from. `classes` are those of a class head in order, empty
     where they must be stated; `classes_source` says where the order is from, or why there is none. `resize` is how the loader that the
-    config names resized frames.
+    config names resized frames; `vision_resampler` says that RoboVLMs' own resampler stands behind Kosmos-2's.
     """
 
     head: HeadSpec
@@ -84,6 +84,7 @@ class PolicySpec:
     classes: tuple[str, ...] = ()
     classes_source: str = ""
     resize: ResizeFilter = "bicubic"
+    vision_resampler: bool = False
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -188,6 +189,7 @@ def policy_spec(config: dict[str, Any]) -> PolicySpec:
         classes=order.names if classes else (),
         classes_source=order.source if classes else "",
         resize=lab_resize(config),
+        vision_resampler=bool(config.get("use_vision_resampler", False)),
     )
 
 
@@ -196,7 +198,6 @@ def _refuse_rare(config: dict[str, Any]) -> None:
     assert isinstance(act, dict)
     rare = {
         "model": config.get("model", "kosmos") != "kosmos",
-        "use_vision_resampler": bool(config.get("use_vision_resampler", False)),
         "fwd_head": config.get("fwd_head") is not None,
         "tcp_rel": bool(config.get("tcp_rel", False)),
         "regular_action": bool(config.get("regular_action", False)),

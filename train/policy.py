@@ -25,6 +25,7 @@ from bundle.manifest import Packing
 from bundle.recording import ReferenceStep
 from train.action_head import ActionHead
 from train.config import PolicySpec
+from train.vision_resampler import VisionResampler
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -73,6 +74,8 @@ class KosmosPolicy(nn.Module):
             inject_adapter_in_model(adapters, backbone, low_cpu_mem_usage=True)
         self.backbone = backbone
         self.action_token = nn.Parameter(torch.zeros(width))
+        if spec.vision_resampler:
+            self.vision_resampler = VisionResampler(width, latents=kosmos.latent_query_num)
         self.act_head = ActionHead(spec.head, width=width, chunk=spec.chunk)
 
     def image_tokens(self, pixels: Tensor) -> Tensor:
@@ -88,7 +91,7 @@ class KosmosPolicy(nn.Module):
             # What sdpa's is_causal means for unequal lengths: latent i sees keys 0..i.
             mask = torch.full((latents.shape[1], keys.shape[1]), torch.finfo(x.dtype).min, device=x.device).triu(1)
         tokens: Tensor = projection.x_attn(hidden_states=latents, encoder_hidden_states=keys, attention_mask=mask)[0]
-        return tokens
+        return self.vision_resampler(tokens) if self.spec.vision_resampler else tokens
 
     def padded(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         """A prompt [L] as long as the policy's prompts are, and its mask: padding on the right, masked.

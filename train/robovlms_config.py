@@ -147,6 +147,8 @@ def _model(lab: LabConfig, spec: PolicySpec) -> dict[str, Any]:
         "gradient_checkpointing": lab.get(setup + "gradient_checkpointing", False),
         "train_text_embedding": lab.get(setup + "train_text_embedding", False),
         "train_projection": _tunes_projection(lab),
+        "vision_resampler": lab.get("use_vision_resampler", False),
+        "freeze_resampler": lab.get("use_vision_resampler", False) and lab.get(setup + "freeze_resampler", False),
         "lora": {"targets": "none"},
     }
     if spec.fork and lab.get("jetvla.packing") is None:

@@ -47,7 +47,7 @@ ACTS: dict[str, str] = {
     **_keys(NUMBER, "arm_gripper_loss_ratio norm_min norm_max mu_val"),
     **_keys(TEXT, "robovlm_name exp_name task_name trainer_type scheduler output_root"),
     **_keys(TEXT, "model_load_path model_load_source pretrained_vlm_path resume"),
-    **_keys(FLAG, "use_hand_rgb load_vlm_only norm_action"),
+    **_keys(FLAG, "use_hand_rgb use_vision_resampler load_vlm_only norm_action"),
     **_keys(NUMBERS, "image_mean image_std"),
     **_keys(SECTION, "act_head train_setup vlm trainer jetvla quantization grounding_aux"),
     **_keys(SECTIONS, "train_dataset val_dataset"),
@@ -58,7 +58,7 @@ ACTS: dict[str, str] = {
     **_keys(NUMBER, "label_smoothing prior_reg_weight action_weight_non_forward", section="act_head."),
     **_keys(
         FLAG,
-        "freeze_backbone lora_enable train_vision train_text_embedding gradient_checkpointing tune_mm_projector",
+        "freeze_resampler freeze_backbone lora_enable train_vision train_text_embedding gradient_checkpointing tune_mm_projector",
         section="train_setup.",
     ),
     **_keys(WHOLE, "lora_r lora_decoder_layers train_decoder_layers bits", section="train_setup."),
@@ -99,7 +99,6 @@ REFUSED: dict[str, Refused] = {
         "false: that loss pulls action features towards the instruction's embedding by OpenAI's CLIP ViT-L-14, which trains along and "
         "stands in no Kosmos-2 directory; it would take CLIP's weights and tokenizer",
     ),
-    "use_vision_resampler": Refused(FLAG, _off, "Kosmos-2's own resampler"),
     "tcp_rel": Refused(FLAG, _off, "actions in the robot's frame, as recorded"),
     "regular_action": Refused(FLAG, _off, "norm_action scales, x_mean and x_std do not"),
     "fwd_head": Refused(SECTION, _off, f"no forward head: {_ONE_LOSS}"),
@@ -193,7 +192,6 @@ NO_EFFECT: dict[str, str] = {
         section="train_setup.",
     ),
     **_unread("trainer.precision overwrites it", "precision", section="train_setup."),
-    **_unread("Kosmos-2's resampler is part of the projection", "freeze_resampler", section="train_setup."),
     **_unread(
         _LIGHTNING,
         "accelerator strategy logger use_distributed_sampler log_every_n_steps val_check_interval check_val_every_n_epoch "

@@ -18,6 +18,7 @@ from transformers.models.kosmos2.modeling_kosmos2 import Kosmos2ForConditionalGe
 
 from train.action_head import ActionHead
 from train.config import HeadSpec
+from train.vision_resampler import VisionResampler
 
 PeftNaming = Literal["new", "old"]
 
@@ -52,21 +53,27 @@ def layout_keys(
     rank: int | None,
     adapted: Collection[str] | None = None,
     peft: PeftNaming = "new",
+    resampler: bool = False,
 ) -> list[Key]:
     """The state dict of a policy, in the file's order. Works on the meta device: the real Kosmos-2 costs no memory.
 
     Args:
         rank: of the adapters; None without LoRA.
         adapted: paths of adapted modules; None means all that upstream adapts.
+        resampler: whether RoboVLMs' own resampler is there.
     """
     width = kosmos.text_config.embed_dim
     with torch.device("meta"):
         model = Kosmos2ForConditionalGeneration(kosmos)
         action_head = ActionHead(head, width=width, chunk=chunk).state_dict()
+        extra = VisionResampler(width, latents=kosmos.latent_query_num).state_dict() if resampler else {}
     modules = set(linear_modules(model) if adapted is None else adapted) if rank is not None else set()
     backbone = _backbone_keys(model, peft, modules, rank or 0)
     keys = [Key("model.action_token", "action_token", torch.Size([width]))]
     keys += [Key(f"model.backbone.{key.raw}", f"backbone.{key.name}", key.shape) for key in backbone]
+    keys += [
+        Key(f"model.vision_resampler.{name}", f"vision_resampler.{name}", value.shape) for name, value in extra.items()
+    ]
     keys += [Key(f"model.act_head.{name}", f"act_head.{name}", tensor.shape) for name, tensor in action_head.items()]
     if rank is not None:
         keys += [Key(f"{_ALIAS}{key.raw}", f"backbone.{key.name}", key.shape) for key in backbone]

@@ -46,6 +46,8 @@ def checkpoint_config(run: RunConfig, policy: KosmosPolicy, facts: TrainingFacts
         "scheduler": optimizer.schedule,
         "min_lr_scale": optimizer.min_lr_scale,
         "gradient_clip_val": optimizer.clip_norm,
+        "use_vision_resampler": model.vision_resampler,
+        "train_setup.freeze_resampler": model.freeze_resampler,
         "train_setup.freeze_backbone": model.freeze_backbone,
         "train_setup.train_vision": model.train_vision,
         "train_setup.tune_mm_projector": model.train_projection,
@@ -118,7 +120,9 @@ def save_lightning(path: Path, policy: KosmosPolicy, config: dict[str, Any], *, 
     tensors = {canonical(name): p.detach().cpu() for name, p in policy.named_parameters()}
     spec = policy.spec
     rank = None if spec.lora is None else spec.lora.r
-    keys = layout_keys(policy.kosmos, spec.head, chunk=spec.chunk, rank=rank, adapted=policy.adapted)
+    keys = layout_keys(
+        policy.kosmos, spec.head, chunk=spec.chunk, rank=rank, adapted=policy.adapted, resampler=spec.vision_resampler
+    )
     state = OrderedDict((key.raw, tensors[key.name]) for key in keys)
     records = {
         "epoch": epoch,

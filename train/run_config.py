@@ -188,6 +188,8 @@ class ModelConfig(_Strict, frozen=True):
         train_vision: train the vision tower too.
         train_text_embedding: train the word embeddings too.
         train_projection: train the projection of image features, with its resampler, too.
+        vision_resampler: put RoboVLMs' resampler of six layers behind Kosmos-2's, as its use_vision_resampler does.
+        freeze_resampler: leave it as it starts; useful with weights to start from only.
         train_decoder_layers: of an unfrozen backbone, only the last so many text layers.
         dropout: Kosmos-2's own, in training; its published value is 0.1.
         gradient_checkpointing: trade time for memory.
@@ -206,6 +208,8 @@ class ModelConfig(_Strict, frozen=True):
     train_vision: bool = False
     train_text_embedding: bool = False
     train_projection: bool = False
+    vision_resampler: bool = False
+    freeze_resampler: bool = False
     train_decoder_layers: Positive | None = None
     dropout: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.1
     gradient_checkpointing: bool = False

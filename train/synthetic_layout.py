@@ -40,6 +40,7 @@ class SyntheticOptions:
         pooling: reduce action tokens by max pooling instead of concatenation.
         action_dim: width of a chunk step, gripper included; for `classes`, how many. By default 7, 2, or 9 classes.
         hidden_size: of the LSTM; by default 40, 128 and 512.
+        vision_resampler: RoboVLMs' own resampler stands behind Kosmos-2's.
         base_weights: write model.safetensors into the base directory.
         seed: of all random numbers.
     """
@@ -54,6 +55,7 @@ class SyntheticOptions:
     pooling: bool = False
     action_dim: int | None = None
     hidden_size: int | None = None
+    vision_resampler: bool = False
     base_weights: bool = True
     seed: int = 0
 
@@ -98,7 +100,9 @@ def state_keys(options: SyntheticOptions) -> list[Key]:
     _check(options)
     sizes = dimensions(options.size)
     rank = sizes.lora_r if options.lora else None
-    return layout_keys(sizes.kosmos, head_spec(options), chunk=CHUNK, rank=rank, peft=options.peft)
+    return layout_keys(
+        sizes.kosmos, head_spec(options), chunk=CHUNK, rank=rank, peft=options.peft, resampler=options.vision_resampler
+    )
 
 
 def head_spec(options: SyntheticOptions) -> HeadSpec:

@@ -39,6 +39,7 @@ def training_config(options: SyntheticOptions) -> dict[str, Any]:
         )
     )
     config["train_setup"]["lora_enable"] = options.lora
+    config["use_vision_resampler"] = options.vision_resampler
     return config
 
 

@@ -28,8 +28,9 @@ from train.lora_targets import adapted_modules
 from train.policy import Conventions, KosmosPolicy
 from train.robovlms_base import START_NAME
 from train.run_config import ModelConfig, RunConfig
+from train.vision_resampler import VisionResampler
 
-_VISION = ("backbone.vision_model.", "backbone.image_to_text_projection.")
+_VISION = ("backbone.vision_model.", "backbone.image_to_text_projection.", "vision_resampler.")
 _EMBEDDING = "backbone.text_model.model.embed_tokens.weight"
 _LAYER = re.compile(r"^backbone\.text_model\.model\.layers\.(\d+)\.")
 
@@ -55,6 +56,7 @@ def policy_spec_of(config: RunConfig, *, action_range: tuple[float, float], imag
         chunk=config.data.chunk,
         image_size=image_size,
         hand_camera="hand" in config.data.cameras,
+        vision_resampler=config.model.vision_resampler,
         normalized=config.model.head != "classes",
         minimum=action_range[0],
         maximum=action_range[1],
@@ -112,6 +114,8 @@ def training_mode(policy: KosmosPolicy) -> None:
 
 
 def _trains(name: str, policy: KosmosPolicy, model: ModelConfig) -> bool:
+    if name.startswith(_VISION[2]):
+        return not model.freeze_resampler
     if not name.startswith("backbone.") or ".lora_" in name:
         return True
     lora = model.lora.targets != "none"
@@ -163,6 +167,8 @@ def _start_new(policy: KosmosPolicy, seed: int) -> None:
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
         policy.action_token = nn.Parameter(torch.zeros(width))
+        if policy.spec.vision_resampler:
+            policy.vision_resampler = VisionResampler(width, latents=policy.kosmos.latent_query_num)
         for name, parameter in list(policy.named_parameters()):
             if ".lora_A." in name or ".lora_B." in name:
                 tensor = torch.zeros(parameter.shape)

@@ -132,6 +132,7 @@ LAYOUTS = (
         SyntheticOptions(hand_camera=True),
         states={"preprocessing.cameras": ("hand", "static")},
     ),
+    Layout("RoboVLMs' own resampler", SyntheticOptions(vision_resampler=True)),
     Layout(
         "two action tokens, pooled",
         SyntheticOptions(latent=2, pooling=True),

@@ -368,3 +368,14 @@ def test_a_run_for_a_gpu_is_planned_without_one(run: Callable[..., Launch], monk
     assert any("fp16 needs a GPU" in problem.what for problem in done.plan.problems)
     with pytest.raises(ConfigError, match="fp16 needs a GPU"):
         run({"loop.precision": "fp16"})
+
+
+def test_robovlms_own_resampler_trains_and_is_read_again(run: Callable[..., Launch], folder: Path) -> None:
+    done = run({"model.vision_resampler": True, "loop.max_steps": 2, "output.lightning": True})
+    assert done.outcome is not None
+    assert done.outcome.last is not None
+    loaded = load(done.outcome.last)
+    assert loaded.policy.spec.vision_resampler
+    whole = load(folder / "checkpoints" / "last.ckpt")
+    name = "vision_resampler.layers.5.0.to_kv.weight"
+    assert torch.equal(loaded.state[name], whole.state[name])

@@ -386,3 +386,33 @@ def test_frames_are_normalized_as_clip_does() -> None:
     assert actual.is_contiguous()
     np.testing.assert_allclose(actual, np.moveaxis(expected, -1, -3), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(normalize_frames(frames, (0, 0, 0), (1, 1, 1)).amax(), frames.max() / 255)
+
+
+def test_robovlms_own_resampler_computes_what_its_paper_says(synthetic: MakeSynthetic) -> None:
+    """Flamingo's Perceiver resampler, written down again from its weights alone."""
+    policy = load(synthetic(SyntheticOptions(vision_resampler=True)).checkpoint).policy
+    weights = {name: value.double() for name, value in policy.vision_resampler.state_dict().items()}
+    tokens = torch.randn(2, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    latents = weights["latents"].expand(2, -1, -1)
+    for layer in range(6):
+        path = f"layers.{layer}"
+        own, media = norm(latents, f"{path}.0.norm_latents"), norm(tokens, f"{path}.0.norm_media")
+        seen = torch.cat([media, own], dim=1)
+        q = (own @ weights[f"{path}.0.to_q.weight"].T).reshape(2, 64, 8, 64)
+        k, v = (part.reshape(2, 128, 8, 64) for part in (seen @ weights[f"{path}.0.to_kv.weight"].T).split(512, dim=-1))
+        shares = torch.einsum("bqhd,bkhd->bhqk", q, k).div(8.0).softmax(-1)
+        heads = torch.einsum("bhqk,bkhd->bqhd", shares, v).reshape(2, 64, 512)
+        latents = latents + heads @ weights[f"{path}.0.to_out.weight"].T
+        inner = norm(latents, f"{path}.1.0") @ weights[f"{path}.1.1.weight"].T
+        latents = latents + (inner / 2 * (1 + torch.erf(inner / 2**0.5))) @ weights[f"{path}.1.3.weight"].T
+    expected = norm(latents, "norm")
+
+    got = policy.vision_resampler(tokens.float())
+    assert torch.allclose(got.double(), expected, atol=1e-5)
+    assert not torch.allclose(got[0], got[1], atol=1e-3)
