@@ -114,6 +114,19 @@ class FrameError(JetvlaError):
     """An image that is not uint8 [H, W, 3], or cannot be decoded."""
 
 
+class PictureError(FrameError):
+    """A picture file that is refused.
+
+    Args:
+        fault: `format` (neither JPEG nor PNG), `pixels` (more than allowed), `meaning` (a form in which nothing says what the numbers
+            look like), or `damaged`.
+    """
+
+    def __init__(self, what: str, *, got: object = None, expected: object = None, hint: str, fault: str) -> None:
+        super().__init__(what, got=got, expected=expected, hint=hint)
+        self.fault = fault
+
+
 class PromptError(JetvlaError):
     """An instruction that is empty, too long for the bundle, or cannot be tokenised."""
 

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundle.errors import CameraError, FrameError
+from episodes.pictures import MOST_PIXELS
 from runtime.cameras.base import Frame
-from runtime.cameras.jpeg import MOST_PIXELS, decode_picture
+from runtime.cameras.jpeg import decode_from
 from runtime.cameras.orientation import upright
 from runtime.cameras.source_clock import SourceClock
 from runtime.robot_file import Ros2ServiceCamera, Ros2TopicCamera
@@ -48,7 +49,7 @@ def frame_of(
     """
     stamp = stamp_s(message.header.stamp)
     if hasattr(message, "format"):
-        pixels = decode_picture(bytes(message.data), origin)
+        pixels = decode_from(bytes(message.data), origin)
     else:
         pixels = raw_pixels(message, config.colour_order, origin)
     return Frame(upright(pixels, config), clock.captured_s(stamp, arrival_s), stamp)
