@@ -39,7 +39,7 @@ _MOST_HEADER = 8_000_000  # bytes before the pixels of a JPEG
 _INFLATE = 1 << 18  # bytes at a time
 _SMALL_CHUNK = 256  # bytes; encoders put thousands into one
 
-_JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
+SIGNATURES = _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"  # with which the files begin
 _MODES = ("RGB", "L", "P", "RGBA", "LA", "1")
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of PNG's colour types
 # First column and row, and steps, of the passes of an interlaced PNG (PNG specification, 8.1).
@@ -71,7 +71,7 @@ def decode_picture(
         PictureError: it is neither, means nothing certain, is cut short or damaged, or costs too much.
     """
     data = bytes(data)
-    if not data.startswith((_JPEG, _PNG) if png else _JPEG):
+    if not data.startswith(SIGNATURES if png else _JPEG):
         kinds = "JPEG or PNG" if png else "JPEG"
         raise PictureError(
             f"this is no {kinds} file",
