@@ -30,6 +30,13 @@ ZIP_DIRECTORY_BYTES = 16 << 20
 TENSORS = 50_000
 TENSOR_DIMENSIONS = 8
 
+# Pictures: a 4K camera has 8.3 million pixels; cameras write one scan, progressive encoders ten; a colour profile takes 255 segments.
+PICTURE_PIXELS = 40_000_000  # 120 MB decoded
+PICTURE_SCANS = 64
+PICTURE_SCANNED_PIXELS = PICTURE_SCANS * 8_300_000  # each scan visits every pixel
+PICTURE_SEGMENTS = 1024  # beside the pixels
+PICTURE_HEADER_BYTES = 8_000_000  # before the pixels of a JPEG
+
 _SHOWN = 80
 _KINDS = {
     stat.S_IFDIR: "a directory",

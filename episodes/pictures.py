@@ -30,12 +30,14 @@ from numpy.typing import NDArray
 from PIL import JpegImagePlugin, PngImagePlugin
 
 from bundle.errors import PictureError
+from bundle.reading_limits import (
+    PICTURE_HEADER_BYTES,
+    PICTURE_PIXELS,
+    PICTURE_SCANNED_PIXELS,
+    PICTURE_SCANS,
+    PICTURE_SEGMENTS,
+)
 
-MOST_PIXELS = 40_000_000  # a good deal more than any camera here, and 120 MB decoded
-MOST_SCANS = 64  # cameras write one scan, progressive encoders about ten
-MOST_SCANNED = MOST_SCANS * 8_300_000  # pixels times scans: each scan visits every pixel
-_MOST_SEGMENTS = 1024  # beside the pixels; a colour profile takes 255 at most
-_MOST_HEADER = 8_000_000  # bytes before the pixels of a JPEG
 _INFLATE = 1 << 18  # bytes at a time
 _SMALL_CHUNK = 256  # bytes; encoders put thousands into one
 
@@ -59,7 +61,7 @@ _DAMAGE = (
 
 
 def decode_picture(
-    data: bytes | bytearray | memoryview, *, most_pixels: int = MOST_PIXELS, png: bool = True
+    data: bytes | bytearray | memoryview, *, most_pixels: int = PICTURE_PIXELS, png: bool = True
 ) -> NDArray[np.uint8]:
     """A picture file as uint8 [H, W, 3] RGB, contiguous.
 
@@ -105,11 +107,11 @@ def decode_picture(
 def _check_segments(data: bytes) -> int:
     """The number of scans of a JPEG, at most; what comes before the pixels is bounded, because Pillow joins it piece by piece."""
     scans = data.count(b"\xff\xda")
-    if scans > MOST_SCANS:
-        raise _damaged(f"{scans} scans", f"at most {MOST_SCANS}")
+    if scans > PICTURE_SCANS:
+        raise _damaged(f"{scans} scans", f"at most {PICTURE_SCANS}")
     at = 2
-    for _ in range(_MOST_SEGMENTS):
-        if at > _MOST_HEADER:
+    for _ in range(PICTURE_SEGMENTS):
+        if at > PICTURE_HEADER_BYTES:
             break
         if data[at : at + 1] != b"\xff" or at + 4 > len(data) or data[at + 1] == 0xDA:
             return scans  # the pixels, or what Pillow refuses
@@ -118,7 +120,7 @@ def _check_segments(data: bytes) -> int:
         else:
             at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     raise _damaged(
-        f"{at} bytes or more before the pixels", f"at most {_MOST_SEGMENTS} segments and {_MOST_HEADER} bytes"
+        f"{at} bytes or more before the pixels", f"at most {PICTURE_SEGMENTS} segments and {PICTURE_HEADER_BYTES} bytes"
     )
 
 
@@ -150,13 +152,13 @@ def _check_chunks(data: bytes, most_pixels: int) -> None:
 def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
     """Kind and content of the chunks of a PNG, to IEND or the end of the file; the checksums of those that matter are checked."""
     at, view, others = len(_PNG), memoryview(data), 0
-    for _ in range(_MOST_SEGMENTS + len(data) // _SMALL_CHUNK):
+    for _ in range(PICTURE_SEGMENTS + len(data) // _SMALL_CHUNK):
         end = at + 8 + int.from_bytes(data[at : at + 4], "big")
         if end + 4 > len(data):
             return
         kind, ancillary = data[at + 4 : at + 8], bool(data[at + 4] & 0x20)
         others += kind != b"IDAT"
-        if others > _MOST_SEGMENTS:
+        if others > PICTURE_SEGMENTS:
             break
         if not ancillary and zlib.crc32(view[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
             raise _damaged(f"a wrong checksum of {kind!r}")
@@ -164,7 +166,7 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
         if kind == b"IEND":
             return
         at = end + 4
-    raise _damaged("more chunks than a picture has", f"at most {_MOST_SEGMENTS} beside the pixels")
+    raise _damaged("more chunks than a picture has", f"at most {PICTURE_SEGMENTS} beside the pixels")
 
 
 def _inflated(parts: Iterator[memoryview], enough: int) -> int:
@@ -193,8 +195,10 @@ def _check_size(width: int, height: int, most_pixels: int, scans: int) -> None:
             hint="make it smaller: the policy looks at a few hundred pixels squared.",
             fault="pixels",
         )
-    if width * height * scans > MOST_SCANNED:
-        raise _damaged(f"{scans} scans of {width} x {height} pixels", f"at most {MOST_SCANNED} pixels in all scans")
+    if width * height * scans > PICTURE_SCANNED_PIXELS:
+        raise _damaged(
+            f"{scans} scans of {width} x {height} pixels", f"at most {PICTURE_SCANNED_PIXELS} pixels in all scans"
+        )
 
 
 def _unclear(got: str) -> PictureError:

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundle.errors import CameraError, FrameError
-from episodes.pictures import MOST_PIXELS, SIGNATURES
+from bundle.reading_limits import PICTURE_PIXELS
+from episodes.pictures import SIGNATURES
 from runtime.cameras.base import Frame
 from runtime.cameras.jpeg import decode_from
 from runtime.cameras.orientation import upright
@@ -117,7 +118,7 @@ def raw_pixels(message: Any, colour_order: str, origin: str) -> NDArray[np.uint8
         )
     data = np.frombuffer(message.data, np.uint8)
     fits = height > 0 and width > 0 and step >= width * channels and len(data) >= step * height
-    if not fits or height * width > MOST_PIXELS:
+    if not fits or height * width > PICTURE_PIXELS:
         raise FrameError(
             f"{origin} sent a picture whose numbers do not fit each other",
             got=f"{width} x {height} {encoding}, {step} bytes a row, {len(data)} bytes",

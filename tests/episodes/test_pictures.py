@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bundle.errors import EpisodeError, JetvlaError, PictureError
+from bundle.reading_limits import PICTURE_PIXELS, PICTURE_SCANS
 from episodes.frames import FrameSource
-from episodes.pictures import MOST_PIXELS, MOST_SCANS, decode_picture
+from episodes.pictures import decode_picture
 from runtime.cameras.jpeg import decode_from
 from runtime.service.pictures import decode as decode_for_the_service
 
@@ -196,7 +197,7 @@ def in_hdf5(folder: Path, data: bytes) -> Pixels:
 
 
 def test_all_ways_in_refuse_the_same(tmp_path: Path) -> None:
-    slow = with_scans(saved(Image.fromarray(PICTURE), "JPEG", progressive=True), MOST_SCANS + 1)
+    slow = with_scans(saved(Image.fromarray(PICTURE), "JPEG", progressive=True), PICTURE_SCANS + 1)
     for data in (slow, as_mpo(slow), saved(Image.new("CMYK", (4, 4)), "JPEG"), JPEG[:-40]):
         for read in (lambda d: decode_from(d, "it"), lambda d: decode_for_the_service(d, max_pixels=10_000)):
             with pytest.raises(JetvlaError):
@@ -267,8 +268,8 @@ def test_any_damage_gives_a_picture_or_a_picture_error(data: bytes, edits: list[
 def test_many_scans_are_refused_whatever_the_format_is_called() -> None:
     """Before a pixel is decoded: a file of 20 kB can hold minutes."""
     progressive = saved(Image.fromarray(PICTURE), "JPEG", progressive=True)
-    assert decode_picture(with_scans(progressive, MOST_SCANS)).shape == PICTURE.shape
-    slow = with_scans(progressive, MOST_SCANS + 1)
+    assert decode_picture(with_scans(progressive, PICTURE_SCANS)).shape == PICTURE.shape
+    slow = with_scans(progressive, PICTURE_SCANS + 1)
     assert Image.open(io.BytesIO(as_mpo(slow))).format == "MPO"
     for data in (slow, as_mpo(slow), with_scans(progressive, 20_000)):
         assert (refused(data).fault, "scans" in str(refused(data).got)) == ("damaged", True)
@@ -287,7 +288,7 @@ def test_scans_of_many_pixels_are_counted_together() -> None:
 
 @pytest.mark.parametrize("side", [6400, 13_000, 65_500])
 def test_many_pixels_are_refused_before_they_are_decoded(side: int) -> None:
-    assert side * side > MOST_PIXELS
+    assert side * side > PICTURE_PIXELS
     for data in (large_jpeg(side), as_mpo(large_jpeg(side)), png(side, side, 8, 2, bytes(100))):
         error = refused(data)
         assert (error.fault, error.got) == ("pixels", f"{side} x {side} pixels")

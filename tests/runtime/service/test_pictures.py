@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from episodes.pictures import MOST_SCANS
+from bundle.reading_limits import PICTURE_SCANS
 from runtime.preprocess import resize
 from runtime.service.pictures import decode, decode_base64, encode
 from runtime.service.refusal import Refusal
@@ -116,7 +116,7 @@ def test_a_jpeg_of_very_many_scans_is_refused() -> None:
     progressive = saved(Image.fromarray(PIXELS), "JPEG", progressive=True)
     assert decode(progressive, max_pixels=100).shape == PIXELS.shape
     start = progressive.index(b"\xff\xda")
-    slow = progressive[:start] + progressive[start:-2] * (MOST_SCANS + 1) + progressive[-2:]
+    slow = progressive[:start] + progressive[start:-2] * (PICTURE_SCANS + 1) + progressive[-2:]
     refusal = refused(slow)
     assert refusal.status == 422
     assert "scans" in str(refusal.got)
