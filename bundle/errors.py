@@ -34,6 +34,10 @@ class ConfigError(JetvlaError):
     """A training config, robot file or command line that contradicts itself or the checkpoint."""
 
 
+class InputFileError(JetvlaError):
+    """A file that is no regular one, or larger, deeper or longer than anything of its kind (bundle/reading_limits.py)."""
+
+
 class CheckpointError(JetvlaError):
     """A checkpoint that cannot be read safely and completely."""
 
@@ -112,6 +116,19 @@ class ServiceError(JetvlaError):
 
 class FrameError(JetvlaError):
     """An image that is not uint8 [H, W, 3], or cannot be decoded."""
+
+
+class PictureError(FrameError):
+    """A picture file that is refused.
+
+    Args:
+        fault: `format` (neither JPEG nor PNG), `pixels` (more than allowed), `meaning` (a form in which nothing says what the numbers
+            look like), or `damaged`.
+    """
+
+    def __init__(self, what: str, *, got: object = None, expected: object = None, hint: str, fault: str) -> None:
+        super().__init__(what, got=got, expected=expected, hint=hint)
+        self.fault = fault
 
 
 class PromptError(JetvlaError):

@@ -152,6 +152,7 @@ def _judge(
     problems = [
         *problems,
         *_frame_problems(scan, facts.frames),
+        *_white_problems(scan, facts.frames),
         *_frozen_problems(scan, actions),
         *_instruction_problems(facts, left, right),
     ]
@@ -172,6 +173,8 @@ def _judge(
         corrupt=scan.corrupt,
         repeated=scan.repeated,
         black=scan.black,
+        white=scan.white,
+        overexposed=scan.overexposed,
         bands=scan.bands,
         problems=tuple(problems),
     )
@@ -206,6 +209,21 @@ def _frame_problems(scan: FrameScan, frames: int) -> list[Problem]:
                 "the camera gave no picture: check its cable and exposure, and leave the episode out if it moves then.",
             )
         )
+    return problems
+
+
+def _white_problems(scan: FrameScan, frames: int) -> list[Problem]:
+    hint = (
+        "too much light, or numbers of more than 8 bits that were cut to 8 (a mono16 camera; values times 255 twice): "
+        "look at a frame, and leave the episode out if it shows nothing."
+    )
+    problems = []
+    if scan.white:
+        severity: Severity = "error" if len(scan.white) == frames else "warning"
+        problems.append(Problem("white_frames", severity, _some_of(scan.white, frames, "white"), hint))
+    if scan.overexposed:
+        text = _some_of(scan.overexposed, frames, "white by half or more")
+        problems.append(Problem("overexposed", "warning", text, hint))
     return problems
 
 

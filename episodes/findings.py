@@ -20,7 +20,8 @@ class Problem:
 
     Attributes:
         code: which kind, for programs: unreadable, session_log, layout, images, actions, event_types, action_classes, instruction,
-            attributes, corrupt_frames, frame_sizes, frozen_frames, black_frames, no_instruction, instruction_assumed, side_mismatch, fps,
+            attributes, corrupt_frames, frame_sizes, frozen_frames, black_frames, white_frames, overexposed,
+            no_instruction, instruction_assumed, side_mismatch, fps,
             colour_order, hung, crashed.
         severity: "error" if the episode cannot be used as it is.
         text: what it is.
@@ -58,7 +59,7 @@ class Examination:
         axes: range of each action column.
         classes: frames of each of the nine classes of episodes/actions.py.
         left, right: frames with linear_y above, below the threshold of the classes.
-        corrupt, repeated, black, bands: see episodes/frame_scan.py.
+        corrupt, repeated, black, white, overexposed, bands: see episodes/frame_scan.py.
         problems: in the order in which they were found.
     """
 
@@ -79,6 +80,8 @@ class Examination:
     corrupt: tuple[CorruptFrame, ...] = ()
     repeated: tuple[int, ...] = ()
     black: tuple[int, ...] = ()
+    white: tuple[int, ...] = ()
+    overexposed: tuple[int, ...] = ()
     bands: tuple[tuple[float, float], ...] | None = None
     problems: tuple[Problem, ...] = ()
 
@@ -104,6 +107,8 @@ def from_json(data: dict[str, Any]) -> Examination:
         "problems": tuple(Problem(**problem) for problem in data["problems"]),
         "repeated": tuple(data["repeated"]),
         "black": tuple(data["black"]),
+        "white": tuple(data["white"]),
+        "overexposed": tuple(data["overexposed"]),
         "bands": None if data["bands"] is None else tuple((red, blue) for red, blue in data["bands"]),
     }
     return Examination(**(data | nested))

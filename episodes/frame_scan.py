@@ -1,4 +1,4 @@
-"""Reads every frame of an episode once and keeps what can be told from pixels: damage, repeats, blackness, colour by height.
+"""Reads every frame of an episode once and keeps what can be told from pixels: damage, repeats, blackness, whiteness, colour by height.
 
 Colour is kept as the mean of red and of blue in horizontal bands. That is enough to tell RGB from BGR when files are compared
 (episodes/colour_order.py), because floor and background differ in red and blue and stay at their height in the picture.
@@ -18,6 +18,8 @@ from bundle.errors import EpisodeError
 
 BANDS = 8
 _BLACK = 16  # of 255; no pixel of a frame that shows something stays below it
+_WHITE = 250  # of 255; from there on a pixel shows nothing
+_WHITE_SHARE, _OVEREXPOSED_SHARE = 0.9, 0.5  # of the pixels; 12-bit values cut to 8 bits leave a sixteenth
 _STRIDE = 4  # every fourth pixel is enough for a mean
 
 
@@ -38,14 +40,18 @@ class FrameScan:
         corrupt: frames that cannot be read.
         repeated: indices of frames that equal the frame before them in every pixel.
         black: indices of frames that show nothing.
-        bands: (mean red, mean blue), 0-255, of BANDS horizontal bands from top to bottom; black frames are left out. None where
-            no frame can be used.
+        white: indices of frames of which nine tenths or more are white.
+        overexposed: indices of the others of which half or more is white.
+        bands: (mean red, mean blue), 0-255, of BANDS horizontal bands from top to bottom; black and white frames are left out. None
+            where no frame can be used.
     """
 
     sizes: dict[tuple[int, int], int]
     corrupt: tuple[CorruptFrame, ...]
     repeated: tuple[int, ...]
     black: tuple[int, ...]
+    white: tuple[int, ...]
+    overexposed: tuple[int, ...]
     bands: tuple[tuple[float, float], ...] | None
 
 
@@ -59,6 +65,8 @@ def scan_frames(read: Callable[[int], npt.NDArray[np.uint8]], count: int) -> Fra
     corrupt: list[CorruptFrame] = []
     repeated: list[int] = []
     black: list[int] = []
+    white: list[int] = []
+    overexposed: list[int] = []
     profiles: list[npt.NDArray[np.float64]] = []
     before: npt.NDArray[np.uint8] | None = None
     for index in range(count):
@@ -73,15 +81,22 @@ def scan_frames(read: Callable[[int], npt.NDArray[np.uint8]], count: int) -> Fra
         if before is not None and np.array_equal(frame, before):
             repeated.append(index)
         before = frame
+        white_share = float((frame[::_STRIDE, ::_STRIDE].min(axis=2) >= _WHITE).mean())
         if int(frame.max()) < _BLACK:
             black.append(index)
+        elif white_share >= _WHITE_SHARE:
+            white.append(index)
         else:
             profiles.append(_profile(frame))
+            if white_share >= _OVEREXPOSED_SHARE:
+                overexposed.append(index)
     return FrameScan(
         sizes=dict(sorted(sizes.items(), key=lambda item: -item[1])),
         corrupt=tuple(corrupt),
         repeated=tuple(repeated),
         black=tuple(black),
+        white=tuple(white),
+        overexposed=tuple(overexposed),
         bands=tuple((float(red), float(blue)) for red, blue in np.mean(profiles, axis=0)) if profiles else None,
     )
 

@@ -7,7 +7,6 @@ them.
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,11 +14,11 @@ from typing import Literal
 import h5py
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
 
-from bundle.errors import EpisodeError
+from bundle.errors import EpisodeError, PictureError
 from episodes.container import missing_chunks, reading, require_dataset
 from episodes.layout import IMAGES, Schema
+from episodes.pictures import decode_picture
 
 Encoding = Literal["raw rgb", "raw bgr", "jpeg"]
 
@@ -73,12 +72,9 @@ class FrameSource:
         if stored.size == 0:
             raise self._corrupt(index, "0 bytes of JPEG")
         try:
-            with Image.open(io.BytesIO(stored.tobytes()), formats=("JPEG",)) as image:
-                return np.array(image.convert("RGB"))
-        except UnidentifiedImageError as error:  # whose message is the name of a Python object
-            raise self._corrupt(index, f"{stored.size} bytes that are no JPEG image") from error
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise self._corrupt(index, f"{stored.size} bytes that are no JPEG image ({error})") from error
+            return decode_picture(stored.tobytes(), png=False)
+        except PictureError as error:
+            raise self._corrupt(index, f"{stored.size} bytes that are no JPEG image ({error.got})") from error
 
     def _corrupt(self, index: int, got: str) -> EpisodeError:
         return EpisodeError(

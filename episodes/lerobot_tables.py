@@ -8,7 +8,6 @@ Needs pyarrow. Knows nothing about what the columns mean.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, UnidentifiedImageError
 
-from bundle.errors import EpisodeError
+from bundle.errors import EpisodeError, PictureError
 from episodes.container import reading
 from episodes.lerobot_info import COPY_AGAIN
+from episodes.pictures import decode_picture
 
 
 @dataclass
@@ -66,13 +65,12 @@ class TableFrames:
         try:
             if image is None:
                 raise ValueError("the table does not hold the image")
-            with Image.open(io.BytesIO(image), formats=("JPEG", "PNG")) as opened:
-                return np.array(opened.convert("RGB"))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return decode_picture(image)
+        except (PictureError, ValueError) as error:
             raise EpisodeError(
                 f"{self.name}: frame {index} of {self.count} is corrupt",
-                got="no image" if isinstance(error, UnidentifiedImageError) else error,
-                expected="a complete JPEG or PNG image",
+                got=error.got if isinstance(error, PictureError) else error,
+                expected="a complete JPEG or PNG image of 8 bits a channel",
                 hint="copy the dataset again; if it is like this at its source too, leave the episode out.",
             ) from error
 

@@ -10,7 +10,6 @@ to there, with an EpisodeWarning.
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import threading
@@ -21,10 +20,10 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
 
-from bundle.errors import EpisodeError, RecordingError
+from bundle.errors import EpisodeError, PictureError, RecordingError
 from episodes.instruction import EpisodeWarning
+from episodes.pictures import decode_picture
 from episodes.recording_events import RecordedRun, read_run
 from episodes.recording_messages import IMAGE, decode
 from episodes.recording_scan import COPY_AGAIN, ChunkPlace, MessagePlace, read_records
@@ -174,12 +173,9 @@ class RecordedFrames:
         """
         stored = self.read_jpeg(index)
         try:
-            with Image.open(io.BytesIO(stored), formats=("JPEG",)) as image:
-                return np.array(image.convert("RGB"))
-        except UnidentifiedImageError:  # whose message is the name of a Python object
-            raise self._corrupt(index, f"{len(stored)} bytes that are no JPEG image") from None
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise self._corrupt(index, f"{len(stored)} bytes that are no JPEG image ({error})") from error
+            return decode_picture(stored, png=False)
+        except PictureError as error:
+            raise self._corrupt(index, f"{len(stored)} bytes that are no JPEG image ({error.got})") from error
 
     def read_jpeg(self, index: int) -> bytes:
         """The stored bytes of picture `index`, unchecked.

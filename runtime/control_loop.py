@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from bundle.errors import CommandError
 from runtime.cadence import Histogram, Summary, percentiles_ms
 from runtime.commands.base import TWIST_FIELDS, ZERO, CommandSink, Twist
+from runtime.commands.select import misfits
 from runtime.decisions import Decider, DecisionThread, FrameSource, Progress
 from runtime.events import Decision, Event, Listener, Note, Published
 from runtime.execution import TimedChunk, make_execution
@@ -108,6 +109,7 @@ class ControlLoop:
         self._state = State()
         self._seen = Progress(0, 0)
         self._no_listener, self._listeners_at_s, self._rivals_at_s = False, -math.inf, -math.inf
+        self._misfits: tuple[str, ...] = ()
         self._unsent_since_s: float | None = None
         self._drove_s = math.inf
         self._jitter, self._overhead = Histogram(), Histogram()
@@ -274,6 +276,11 @@ class ControlLoop:
                 self.tell(
                     Note(now_s, "robot", "nobody listens to the commands" if nobody else "the commands have a listener")
                 )
+            found = misfits(self._sink) if nobody else ()
+            if found != self._misfits:
+                self._misfits = found
+                for why in found:
+                    self.tell(Note(now_s, "robot", f"on the topic of the commands, {why}"))
         return "nobody listens" if self._no_listener else ""
 
     def _distrust(self) -> None:

@@ -106,6 +106,7 @@ class Policy:
         mixed, alone = len({kind for _, kind in plan}) > 1, len({name for name, _ in plan}) == 1
         reasons: list[str] = []
         failures: list[str] = []
+        hint = "pip install 'jetvla[ort]' brings the CPU backend, which runs everywhere."
         for index, (candidate, view) in enumerate(zip(plan, views, strict=True)):
             name, kind = candidate
             label = f"{name} in {kind}" if mixed else name
@@ -132,6 +133,7 @@ class Policy:
                     log.info("backend %s passed over: %s (%s)", label, error.what, error.got)
                 else:
                     failures.append(reasons[-1])
+                    hint = error.hint
                     log.warning("backend %s skipped: %s (%s); hint: %s", label, error.what, error.got, error.hint)
             else:
                 if failures:
@@ -142,7 +144,7 @@ class Policy:
         raise BackendError(
             f"no backend can run {folder}",
             got="; ".join(reasons),
-            hint="pip install 'jetvla[ort]' brings the CPU backend, which runs everywhere.",
+            hint=hint,
         )
 
     @property

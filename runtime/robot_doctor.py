@@ -20,7 +20,7 @@ from bundle.atomic import write_bytes
 from bundle.errors import CameraError, CommandError, JetvlaError
 from bundle.manifest import MANIFEST_NAME, Manifest
 from runtime import doctor_machine
-from runtime.commands.select import competitors, open_sink
+from runtime.commands.select import competitors, misfits, open_sink
 from runtime.doctor_camera import CameraFindings, watch
 from runtime.doctor_picture import draw_doctor
 from runtime.drive import make_plan
@@ -220,10 +220,12 @@ def _commands(robot: RobotFile, report: _Report, *, listeners: bool) -> list[str
         deadline = time.monotonic() + _LISTEN_S
         while not (count := sink.listeners()) and count is not None and time.monotonic() < deadline:
             time.sleep(0.05)
-        others = competitors(sink, wait_s=0.5)
+        others, wrong = competitors(sink, wait_s=0.5), misfits(sink)
     finally:
         sink.close()
-    if count == 0:
+    for why in wrong:
+        report.problem(f"on the topic of the commands, {why}")
+    if count == 0 and not wrong:
         report.problem(
             "nobody listens to the commands: is the base's driver running, in the same domain, with the same topic and type?"
         )

@@ -129,6 +129,14 @@ class OrtBackend:
     def _stage(self, model: bytes, graph: Graph) -> OrtStage:
         return OrtStage(self._runtime, self._session(model, graph), graph, self._plugin)
 
+    def _of_links(self, model: str | bytes, graph: Graph) -> str:
+        """What to do where the graph or its weights are links, as caches keep files: ONNX Runtime reads weights beside the graph only."""
+        if isinstance(model, bytes):
+            return ""
+        folder = Path(model).parent
+        links = [name for name in (graph.file, self._weights.get(graph.file)) if name and (folder / name).is_symlink()]
+        return f"{' and '.join(links)} may not be a link: cp -rL {folder} COPY, and use the copy." if links else ""
+
     def _session(self, model: str | bytes, graph: Graph) -> Any:
         options = self._runtime.SessionOptions()
         options.intra_op_num_threads = self._threads
@@ -155,7 +163,7 @@ class OrtBackend:
             raise BackendError(
                 f"{self.name} cannot load {graph.file}",
                 got=f"{type(error).__name__}: {str(error).strip()}",
-                hint="update onnxruntime, or choose another --backend.",
+                hint=self._of_links(model, graph) or "update onnxruntime, or choose another --backend.",
             ) from error
         used = session.get_providers()[0]
         if used != self._provider:

@@ -17,7 +17,7 @@ from runtime.cameras.ros_cdr import CompressedImage, Image, read_compressed_imag
 from runtime.cameras.ros_image import frame_of
 from runtime.cameras.source_clock import SourceClock
 from runtime.robot_file import Ros2TopicCamera
-from runtime.ros_names import dds_topic, obey_localhost_only, resolve_domain
+from runtime.ros_names import dds_topic, obey_discovery, resolve_domain
 
 
 class DdsCamera:
@@ -58,7 +58,7 @@ class DdsCamera:
         qos = core.Qos(
             core.Policy.Reliability.BestEffort, core.Policy.Durability.Volatile, core.Policy.History.KeepLast(1)
         )
-        obey_localhost_only()
+        obey_discovery(CameraError)
         try:
             participant = self._dds.domain.DomainParticipant(self._domain)
             topic = self._dds.topic.Topic(participant, dds_topic(self._config.topic), self._type, qos=qos)

@@ -23,7 +23,7 @@ from urllib.parse import unquote, urlsplit
 from bundle.errors import CameraError
 from runtime.cameras.base import Frame
 from runtime.cameras.chunked import Dechunker
-from runtime.cameras.jpeg import decode_picture
+from runtime.cameras.jpeg import decode_from
 from runtime.cameras.multipart import MOST_BODY, Part, PartParser, boundary_of
 from runtime.cameras.orientation import upright
 from runtime.cameras.source_clock import SourceClock
@@ -169,7 +169,7 @@ class HttpStream:
             if self._over:
                 raise self._address.lost("the stream is over")
             return None
-        pixels = upright(decode_picture(newest.body, self._address.shown), self._config)
+        pixels = upright(decode_from(newest.body, self._address.shown), self._config)
         stamp = _number(newest.headers.get("x-timestamp"))
         return Frame(pixels, self._clock.captured_s(stamp, newest.begun_s), stamp)
 
@@ -239,7 +239,7 @@ class HttpSnapshots:
         finally:
             response.close()
             connection.close()
-        return Frame(upright(decode_picture(data, self._address.shown), self._config), asked)
+        return Frame(upright(decode_from(data, self._address.shown), self._config), asked)
 
     def close(self) -> None:
         """Nothing is open."""

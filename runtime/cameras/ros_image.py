@@ -1,7 +1,8 @@
 """From ROS's sensor_msgs/Image and CompressedImage to pixels, whatever brought the message.
 
 Rows may be padded (`step`), encodings name their colour order, and the robot file states one too: where the two contradict each other,
-one of them is wrong, and guessing which would make a picture that looks almost right.
+one of them is wrong, and guessing which would make a picture that looks almost right. What a compressed picture's `format` says is taken as
+ROS's own decoder takes it (compressed_image_transport).
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundle.errors import CameraError, FrameError
+from bundle.reading_limits import PICTURE_PIXELS
+from episodes.pictures import SIGNATURES
 from runtime.cameras.base import Frame
-from runtime.cameras.jpeg import MOST_PIXELS, decode_picture
+from runtime.cameras.jpeg import decode_from
 from runtime.cameras.orientation import upright
 from runtime.cameras.source_clock import SourceClock
 from runtime.robot_file import Ros2ServiceCamera, Ros2TopicCamera
@@ -48,10 +51,44 @@ def frame_of(
     """
     stamp = stamp_s(message.header.stamp)
     if hasattr(message, "format"):
-        pixels = decode_picture(bytes(message.data), origin)
+        pixels = compressed_pixels(message, origin)
     else:
         pixels = raw_pixels(message, config.colour_order, origin)
     return Frame(upright(pixels, config), clock.captured_s(stamp, arrival_s), stamp)
+
+
+def compressed_pixels(message: Any, origin: str) -> NDArray[np.uint8]:
+    """The picture in a sensor_msgs/CompressedImage as uint8 [H, W, 3] RGB.
+
+    `format` is `jpeg` or `png`, or `ENCODING; jpeg compressed ORDER`: what was compressed, and in which order an encoder got it that takes
+    BGR. Where ORDER is not bgr, red and blue are exchanged in the file, and are put back here.
+
+    Raises:
+        FrameError: it is damaged.
+        CameraError: another format, or an encoding that is no 8-bit picture of colours or greys.
+    """
+    text = str(message.format)
+    encoding, told, how = (part.strip() for part in text.partition(";"))
+    named = not text.strip() or any(kind in text.lower() for kind in ("jpeg", "jpg", "png"))
+    if "compresseddepth" in text.lower() or (not named and not bytes(message.data[:8]).startswith(SIGNATURES)):
+        raise _unread(text, origin)
+    as_bgr = "compressed bgr" in how
+    if told and (encoding not in _CHANNELS if not as_bgr else "16" in encoding or "32" in encoding):
+        raise _unread(text, origin)
+    pixels = decode_from(bytes(message.data), origin)
+    is_grey = np.array_equal(pixels[..., 0], pixels[..., 1]) and np.array_equal(pixels[..., 1], pixels[..., 2])
+    if told and ((encoding == "mono8" and not is_grey) or (encoding.startswith("bayer") and is_grey)):
+        raise _unread(f"{text} with a picture of {'greys' if is_grey else 'colours'}", origin)
+    return pixels if as_bgr or not told or encoding == "mono8" else pixels[..., ::-1]
+
+
+def _unread(got: str, origin: str) -> CameraError:
+    return CameraError(
+        f"{origin} has a format that is not read here",
+        got=repr(got)[:120],
+        expected=f"jpeg or png, or ENCODING; jpeg compressed bgr8 with one of {', '.join(_CHANNELS)}",
+        hint="take the topic of the colour picture (image_proc makes one of a Bayer pattern), and mono8 where the camera gives 16 bits.",
+    )
 
 
 def raw_pixels(message: Any, colour_order: str, origin: str) -> NDArray[np.uint8]:
@@ -81,7 +118,7 @@ def raw_pixels(message: Any, colour_order: str, origin: str) -> NDArray[np.uint8
         )
     data = np.frombuffer(message.data, np.uint8)
     fits = height > 0 and width > 0 and step >= width * channels and len(data) >= step * height
-    if not fits or height * width > MOST_PIXELS:
+    if not fits or height * width > PICTURE_PIXELS:
         raise FrameError(
             f"{origin} sent a picture whose numbers do not fit each other",
             got=f"{width} x {height} {encoding}, {step} bytes a row, {len(data)} bytes",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from typing import Literal, Protocol, get_args
 
@@ -58,3 +59,28 @@ class CommandSink(Protocol):
     def close(self) -> None:
         """Release the connection; safe to call twice. Sends nothing: whoever drives sends the last zero."""
         ...
+
+
+def why_not(wants: Mapping[tuple[str, bool], int], sent: str, *, reliable: bool) -> list[str]:
+    """Why subscribers of a topic get nothing of what is sent to it, and what to write into the robot file.
+
+    Args:
+        wants: how many there are by what they ask for: type as ROS names it, and whether delivery must be reliable.
+        sent: the type that is sent.
+        reliable: how it is sent.
+    """
+    stamped = {"geometry_msgs/msg/TwistStamped": "true", "geometry_msgs/msg/Twist": "false"}
+    found = []
+    for (kind, strict), count in sorted(wants.items()):
+        if kind != sent:
+            hint = f"write stamped = {stamped[kind]}" if kind in stamped else "give another topic"
+            found.append(f"{count} {_subscribers(count)} {kind}, and {sent} is sent: {hint} under [commands]")
+        elif strict and not reliable:
+            found.append(
+                f"{count} {_subscribers(count)} reliable delivery only: write reliable = true under [commands]"
+            )
+    return found
+
+
+def _subscribers(count: int) -> str:
+    return "subscriber takes" if count == 1 else "subscribers take"

@@ -14,15 +14,16 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any
 
 from bundle.errors import CommandError
-from runtime.commands.base import ZERO, Twist
+from runtime.commands.base import ZERO, Twist, why_not
 from runtime.commands.cdr import encode_frame_id, stamp
 from runtime.robot_file import DdsCommands
-from runtime.ros_names import dds_topic, obey_localhost_only
+from runtime.ros_names import dds_topic, obey_discovery, ros_type
 
 _MAX_BLOCKING_MS = 1
 _LAST_ACKS_S = 1
@@ -51,7 +52,11 @@ class DdsSink:
         self._clock = clock
         encode_frame_id(config.frame_id)  # raises here rather than at the first command
         try:
-            from cyclonedds.builtin import BuiltinDataReader, BuiltinTopicDcpsPublication
+            from cyclonedds.builtin import (
+                BuiltinDataReader,
+                BuiltinTopicDcpsPublication,
+                BuiltinTopicDcpsSubscription,
+            )
             from cyclonedds.core import DDSException, InstanceState, Policy, Qos, ReadCondition, SampleState, ViewState
             from cyclonedds.domain import DomainParticipant
             from cyclonedds.pub import DataWriter
@@ -66,7 +71,7 @@ class DdsSink:
             ) from None
         self._messages = dds_messages
         self._exception = DDSException
-        obey_localhost_only()
+        obey_discovery(CommandError)
         name = f"jetvla, process {os.getpid()} on {socket.gethostname()}"
         waiting = Policy.Reliability.Reliable(max_blocking_time=_MAX_BLOCKING_MS * 1_000_000)
         qos = Qos(
@@ -85,6 +90,9 @@ class DdsSink:
             self._writers = BuiltinDataReader(self._participant, BuiltinTopicDcpsPublication)
             states = ViewState.Any | SampleState.Any | InstanceState.Alive
             self._alive = ReadCondition(self._writers, states)
+            self._readers = BuiltinDataReader(self._participant, BuiltinTopicDcpsSubscription)
+            self._reading = ReadCondition(self._readers, states)
+            self._type_name = message.__idl_typename__
             self.identity = str(self._participant.guid)
         except DDSException as error:
             raise self._error("cannot publish", error) from None
@@ -129,6 +137,20 @@ class DdsSink:
                 return [self._describe(other) for other in sorted(others)]
             time.sleep(_LOOK_S)
 
+    def misfits(self) -> list[str]:
+        """Who subscribes to the topic and gets nothing of this writer, and why; as far as they are found by now."""
+        from cyclonedds.core import Policy
+
+        wants = Counter[tuple[str, bool]]()
+        with suppress(self._exception, AttributeError):  # closed
+            for one in self._readers.read(N=_MOST_WRITERS, condition=self._reading):
+                if one.topic_name == self._topic_name:
+                    reliable = (
+                        Policy.Reliability in one.qos and one.qos[Policy.Reliability] != Policy.Reliability.BestEffort
+                    )
+                    wants[ros_type(one.type_name), reliable] += 1
+        return why_not(wants, ros_type(self._type_name), reliable=self._config.reliable)
+
     def confirm(self, wait_s: float) -> bool:
         """Whether all receivers have the last command, as far as they confirm (`reliable`); waits up to `wait_s` for it."""
         if self._closed or not self._config.reliable:
@@ -145,7 +167,7 @@ class DdsSink:
             return
         self.confirm(_LAST_ACKS_S)
         self._closed = True
-        for name in ("_alive", "_writers", "_writer", "_participant"):
+        for name in ("_alive", "_writers", "_reading", "_readers", "_writer", "_participant"):
             delattr(self, name)  # cyclonedds deletes an entity with its last reference
 
     def _message(self, twist: Twist) -> Any:

@@ -22,6 +22,7 @@ class FakeRos:
         profiles: QoSProfile by topic.
         subscriptions: what publishers count as their receivers.
         others: (node name, namespace) of foreign publishers on every topic.
+        wants: (type, reliability) of foreign subscriptions to every topic.
         broken: error text of whatever is tried from now on; empty where all is well.
         calls: init and shutdown calls with what they were given.
     """
@@ -31,6 +32,7 @@ class FakeRos:
     nodes: dict[str, Any] = field(default_factory=dict)
     subscriptions: int = 1
     others: list[tuple[str, str]] = field(default_factory=list)
+    wants: list[tuple[str, ReliabilityPolicy]] = field(default_factory=list)
     broken: str = ""
     calls: list[tuple[str, Any]] = field(default_factory=list)
 
@@ -159,6 +161,11 @@ class _Node:
         self._ros.check()
         names = [(name, "/") for name in self._ros.nodes] + self._ros.others
         return [SimpleNamespace(node_name=name, node_namespace=space, topic=topic) for name, space in names]
+
+    def get_subscriptions_info_by_topic(self, topic: str) -> list[Any]:
+        self._ros.check()
+        wants = ((kind, SimpleNamespace(reliability=reliability)) for kind, reliability in self._ros.wants)
+        return [SimpleNamespace(topic_type=kind, qos_profile=profile) for kind, profile in wants]
 
     def get_clock(self) -> Any:
         moment = SimpleNamespace(to_msg=lambda: SimpleNamespace(sec=1, nanosec=2))

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Collection
 
 from bundle.errors import CommandError
-from runtime.commands.base import ZERO, Twist
+from runtime.commands.base import ZERO, Twist, why_not
 from runtime.commands.cdr import encode_frame_id
 from runtime.robot_file import Ros2Commands
 
@@ -45,6 +46,7 @@ class Ros2Sink:
                 'or set kind = "dds" under [commands].',
             ) from None
         self._messages = msg
+        self._reliable = ReliabilityPolicy.RELIABLE
         self.identity = f"jetvla_commands_{os.getpid()}_{os.urandom(4).hex()}"
         self._closed = False
         self._context = Context()
@@ -103,6 +105,16 @@ class Ros2Sink:
             if others or time.monotonic() - self._opened_s > wait_s:
                 return [f"node {other}" for other in sorted(others)]
             time.sleep(_LOOK_S)
+
+    def misfits(self) -> list[str]:
+        """See DdsSink.misfits."""
+        try:
+            infos = [] if self._closed else self._node.get_subscriptions_info_by_topic(self._config.topic)
+        except Exception:  # as in `listeners`
+            return []
+        wants = Counter((one.topic_type, one.qos_profile.reliability == self._reliable) for one in infos)
+        sent = "geometry_msgs/msg/TwistStamped" if self._config.stamped else "geometry_msgs/msg/Twist"
+        return why_not(wants, sent, reliable=self._config.reliable)
 
     def close(self) -> None:
         """See CommandSink."""

@@ -49,6 +49,14 @@ def competitors(sink: CommandSink, *, exclude: Collection[str] = (), wait_s: flo
     return () if find is None else tuple(find(exclude=exclude, wait_s=wait_s))
 
 
+def misfits(sink: CommandSink) -> tuple[str, ...]:
+    """Who listens on the same topic and gets nothing, such as a base that takes the other message type, and what would mend it; always
+    empty where it cannot be told (udp, console).
+    """
+    find = getattr(sink, "misfits", None)
+    return () if find is None else tuple(find())
+
+
 def identity(sink: CommandSink) -> str:
     """By what other machines tell this publisher from others; empty where nobody can (udp, console)."""
     return str(getattr(sink, "identity", ""))

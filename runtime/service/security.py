@@ -16,12 +16,12 @@ import hashlib
 import hmac
 import ipaddress
 import os
+import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from bundle.errors import ConfigError
 from runtime.service.metrics import Metrics
@@ -33,6 +33,9 @@ MIN_KEY_LENGTH = 16
 OPEN_PATHS = frozenset({"/health"})
 # A body for anything but a picture.
 SMALL_BODY = 64 * 1024
+
+# A name, an IPv4 address or [an IPv6 address], and a port: nothing before, between or after them.
+_HOST = re.compile(r"([^\[\]:@/?#\s]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?", re.ASCII)
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -81,7 +84,7 @@ def read_key(path: Path | None) -> str | None:
 def is_loopback(host: str) -> bool:
     """Only this machine can reach an address or name."""
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        return ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
     except ValueError:
         return host.rstrip(".").lower() == "localhost"
 
@@ -194,7 +197,8 @@ class Guard:
                 hint="call it by one of these, or start it with a key.",
             )
         for origin in headers.get(b"origin", []):
-            if urlsplit(origin.decode("latin-1")).netloc.lower() != host.lower():
+            page = origin.decode("latin-1").lower()
+            if not host or page not in (f"http://{host.lower()}", f"https://{host.lower()}"):
                 raise Refusal(
                     403,
                     "origin",
@@ -247,10 +251,8 @@ class Guard:
 
 def without_port(host: str) -> str:
     """The name or address in a Host header; empty if it is none."""
-    try:
-        return urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""
+    match = _HOST.fullmatch(host)
+    return "" if match is None else match[1]
 
 
 async def _answer(error: Refusal, send: Send) -> None:

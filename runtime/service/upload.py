@@ -6,6 +6,7 @@ here. Needs the extra `serve`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncGenerator
 from typing import Any, TypeVar
 
@@ -20,6 +21,10 @@ from runtime.service.wire import PredictFields, PredictRequest
 
 _Record = TypeVar("_Record", bound=msgspec.Struct)
 _IMAGE = "image"
+_FIELD = 16 * 1024  # bytes of a plain field; an instruction has 2000 characters
+# A form's own charset would choose the codec of its fields, and Python has some that take the square of the length (punycode).
+_CHARSET = re.compile(r"charset[^=;]*=[\s\"]*([^\";\s]*)", re.IGNORECASE)
+_CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")
 
 
 async def read_step(request: Request) -> tuple[PredictFields, bytes]:
@@ -66,8 +71,8 @@ async def _read_form(request: Request) -> tuple[PredictFields, bytes]:
         yield body
 
     try:
-        form = await MultiPartParser(request.headers, whole(), max_files=2, max_fields=8).parse()
-    except (MultiPartException, UnicodeDecodeError) as error:
+        form = await MultiPartParser(request.headers, whole(), max_files=2, max_fields=8, max_part_size=_FIELD).parse()
+    except (MultiPartException, UnicodeError) as error:
         raise _unfit(getattr(error, "message", error)) from None
     fields: dict[str, Any] = {}
     image: bytes | None = None
@@ -79,6 +84,8 @@ async def _read_form(request: Request) -> tuple[PredictFields, bytes]:
                 raise _unfit(f"{name[:64]!r} as a {'file' if isinstance(value, UploadFile) else 'plain field'}")
             if isinstance(value, UploadFile):
                 image = await value.read()
+            elif value.encode() not in body:  # the parser falls back to latin-1 without a word
+                raise _unfit(f"{name[:64]!r} that is no UTF-8")
             else:
                 fields[name] = value
     finally:
@@ -93,7 +100,23 @@ async def _read_form(request: Request) -> tuple[PredictFields, bytes]:
 
 
 def _content_type(request: Request) -> str:
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    """The type alone, in small letters.
+
+    Raises:
+        Refusal: 415, another charset than UTF-8 and its part, ASCII.
+    """
+    kind = request.headers.get("content-type", "")
+    for charset in _CHARSET.findall(kind):
+        if charset.lower() not in _CHARSETS:
+            raise Refusal(
+                415,
+                "content_type",
+                "the body has a charset that is not taken",
+                got=charset[:64],
+                expected="UTF-8",
+                hint="leave the charset out: forms and JSON are read as UTF-8.",
+            )
+    return kind.partition(";")[0].strip().lower()
 
 
 def _decoded(body: bytes, record: type[_Record]) -> _Record:

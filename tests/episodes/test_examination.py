@@ -256,6 +256,27 @@ def test_black_frames(synthetic):
     assert found.bands is None
 
 
+def test_white_frames(synthetic):
+    """12-bit values cut to 8 bits, as a mono16 picture becomes where nobody scales it, beside frames of too much light."""
+    path = synthetic("v1")
+    with h5py.File(path) as file:
+        images = file["images"][:]
+    twelve = np.minimum(np.random.default_rng(0).integers(0, 4096, (*images.shape[1:3], 1)), 255)
+    change_frame(path, 2, twelve)
+    bright = images[4].copy()
+    bright[: len(bright) // 2 + 1] = 255
+    change_frame(path, 4, bright)
+    found = examine(path)
+    assert (found.black, found.white, found.overexposed) == ((), (2,), (4,))
+    assert codes(found, "warning") == ["white_frames", "overexposed"]
+    assert "mono16" in found.problems[0].hint
+    for index in range(6):
+        change_frame(path, index, 255 - index)
+    found = examine(path)
+    assert codes(found, "error") == ["white_frames"]
+    assert found.bands is None
+
+
 @pytest.mark.parametrize(
     ("stem", "text", "sideways", "expected"),
     [

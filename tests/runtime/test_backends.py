@@ -296,6 +296,39 @@ def test_ort_misses_a_graph(folder: Path) -> None:
         OrtBackend(threads=1).load(folder, GRAPH)
 
 
+@pytest.mark.usefixtures("onnxruntime")
+def test_weights_that_are_a_link_are_named(tmp_path: Path) -> None:
+    """As caches and mirrors of files keep them. ONNX Runtime reads a graph's weights beside it only; what is a link as a whole is fine."""
+    folder, store = tmp_path / "folder", tmp_path / "store"
+    folder.mkdir()
+    store.mkdir()
+    writer, value = GraphWriter(), np.arange(8, dtype=np.float32)
+    x, y = tensor("x", "float32", 8), tensor("y", "float32", 8)
+    writer.add("Add", "x", writer.constant(value, store / "g.onnx.data"), out="y")
+    (store / "g.onnx").write_bytes(writer.model([x], [y]))
+    graph = Graph(file="g.onnx", form="portable", sequence=None, nodes=1, inputs=(x,), outputs=(y,))
+    for name in ("g.onnx", "g.onnx.data"):
+        (folder / name).symlink_to(store / name)
+    (tmp_path / "link").symlink_to(store)
+    for good in (store, folder, tmp_path / "link"):
+        stage = _of_one_graph(OrtBackend(threads=1)).load(good, graph)
+        np.testing.assert_array_equal(stage.run({"x": value})["y"], 2 * value)
+    (folder / "g.onnx").unlink()
+    (folder / "g.onnx").write_bytes((store / "g.onnx").read_bytes())
+    try:
+        stage = _of_one_graph(OrtBackend(threads=1)).load(folder, graph)
+    except BackendError as error:
+        assert error.hint == f"g.onnx.data may not be a link: cp -rL {folder} COPY, and use the copy."  # noqa: PT017
+    else:  # as versions of before 1.24 read it
+        np.testing.assert_array_equal(stage.run({"x": value})["y"], 2 * value)
+
+
+def _of_one_graph(backend: OrtBackend) -> OrtBackend:
+    """As a bundle that is opened tells it."""
+    backend._weights = {"g.onnx": "g.onnx.data"}
+    return backend
+
+
 def test_a_provider_that_is_not_installed(onnxruntime: ModuleType) -> None:
     missing = {
         name: provider for name, provider in PROVIDERS.items() if provider not in onnxruntime.get_available_providers()

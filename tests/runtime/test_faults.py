@@ -329,6 +329,7 @@ class Listened:
         self._sink = sink
         self.count = 1
         self.fail = 0
+        self.wrong: list[str] = []
 
     def send(self, twist: Twist) -> None:
         if self.fail:
@@ -338,6 +339,9 @@ class Listened:
 
     def listeners(self) -> int | None:
         return self.count
+
+    def misfits(self) -> list[str]:
+        return self.wrong
 
     def close(self) -> None:
         self._sink.close()
@@ -361,6 +365,19 @@ def test_nobody_listens(manifest: Manifest) -> None:
             "the commands have a listener",
         ]
     judge(PEER, seen)
+
+
+def test_a_base_that_takes_the_other_type_is_named(manifest: Manifest) -> None:
+    sinks: list[Listened] = []
+    with Rig(manifest, sink=listened(sinks)) as rig:
+        sinks[0].wrong = ["1 subscriber takes something else"]
+        stands_after(rig, lambda: setattr(sinks[0], "count", 0))
+        recovers(rig, lambda: setattr(sinks[0], "count", 1))
+        assert [note.text for note in rig.heard.notes if note.kind == "robot"] == [
+            "nobody listens to the commands",
+            "on the topic of the commands, 1 subscriber takes something else",
+            "the commands have a listener",
+        ]
 
 
 def test_a_command_that_does_not_get_out_ends_nothing(manifest: Manifest) -> None:

@@ -232,6 +232,24 @@ def test_nobody_listens_and_somebody_else_drives(bundle: Path, monkeypatch: pyte
     assert Sink.closed
 
 
+def test_a_base_that_takes_the_other_type_is_named(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sink:
+        def listeners(self) -> int:
+            return 0
+
+        def misfits(self) -> list[str]:
+            return ["1 subscriber takes something else"]
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(robot_doctor, "_LISTEN_S", 0.05)
+    monkeypatch.setattr(robot_doctor, "open_sink", lambda config: Sink())
+
+    found = problems(run(bundle, robot_file(FAST), 0.1, listeners=True))
+
+    assert found == ["on the topic of the commands, 1 subscriber takes something else"], "and not that nobody listens"
+
+
 def test_nothing_secret_is_shown(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url = "http://admin:hunter2@127.0.0.1:9/video?token=hunter3"
     monkeypatch.setattr(robot_doctor, "watch", lambda config, seconds: watch(config, seconds, 0.1))

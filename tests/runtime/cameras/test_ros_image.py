@@ -113,6 +113,91 @@ def test_compressed() -> None:
     assert frame.source_stamp_s is None
 
 
+GREYS = np.repeat(PICTURE[..., :1], 3, axis=2)
+
+
+def compressed(form: str, pixels: NDArray[np.uint8], file: str = "PNG") -> NDArray[np.uint8]:
+    """What becomes of a file that shows `pixels` and goes by that `format`."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, file)
+    return frame_of(_compressed(form, buffer.getvalue()), COMPRESSED, "/x", SourceClock(), 9.0).pixels
+
+
+def _compressed(form: str, data: bytes) -> SimpleNamespace:
+    return SimpleNamespace(header=SimpleNamespace(stamp=SimpleNamespace(sec=0, nanosec=0)), format=form, data=data)
+
+
+COMPRESSED = Ros2TopicCamera(topic="/x", message="compressed", colour_order="rgb")
+
+
+@pytest.mark.parametrize(
+    "form",
+    ["", "jpeg", "png", "jpg", "bgr8", "yuv422_yuy2; jpeg compressed bgr8", "bayer_rggb8; png compressed bgr8"]
+    + [
+        f"{encoding}; png compressed {order}"
+        for encoding in ("rgb8", "bgr8", "rgba8", "bgra8")
+        for order in ("bgr8", "bgra8")
+    ],
+)
+def test_files_of_the_usual_order_show_what_they_show(form: str) -> None:
+    assert np.array_equal(compressed(form, PICTURE), PICTURE)
+
+
+@pytest.mark.parametrize("encoding", ["rgb8", "bgr8", "rgba8", "bgra8"])
+@pytest.mark.parametrize("order", ["", "rgb8", "rgba8"])
+def test_files_with_red_and_blue_exchanged_are_put_right_as_ros_does(encoding: str, order: str) -> None:
+    assert np.array_equal(compressed(f"{encoding}; png compressed {order}", PICTURE), PICTURE[..., ::-1])
+
+
+@pytest.mark.parametrize(
+    "form", ["mono8; jpeg compressed ", "mono8; png compressed", "jpeg", "bgr8; jpeg compressed bgr8"]
+)
+def test_compressed_greys(form: str) -> None:
+    assert np.array_equal(compressed(form, GREYS[..., 0]), GREYS)
+
+
+@pytest.mark.parametrize(
+    ("form", "pixels"),
+    [
+        *[
+            (f"{name}; jpeg compressed ", GREYS)
+            for name in ("bayer_rggb8", "bayer_gbrg8", "mono16", "16UC1", "32FC1", "8UC1", "8UC3", "RGB8", "jpeg")
+        ],
+        ("bayer_rggb8; jpeg compressed bgr8", GREYS),
+        ("mono8; jpeg compressed ", PICTURE),
+        ("rgb16; png compressed bgr16", PICTURE),
+        ("16UC1; compressedDepth png", GREYS),
+        ("16UC1; compressedDepth", GREYS),
+    ],
+)
+def test_what_is_no_8_bit_picture_of_colours_or_greys_is_refused_by_name(form: str, pixels: NDArray[np.uint8]) -> None:
+    """A Bayer pattern in a grey JPEG looks like a picture, and depth cut to 8 bits like a grey one."""
+    with pytest.raises(
+        CameraError, match=f"(?s)/x has a format that is not read here.*{form.partition(';')[0]}.*image_proc"
+    ):
+        compressed(form, pixels)
+
+
+@pytest.mark.parametrize("form", ["h264", "rgb8; tiff compressed ", "webp"])
+def test_other_compressions_are_named(form: str) -> None:
+    with pytest.raises(CameraError, match=f"(?s)format that is not read.*{form}"):
+        frame_of(_compressed(form, b"\0\0\0\1gh264"), COMPRESSED, "/x", SourceClock(), 9.0)
+
+
+def test_a_damaged_picture_of_a_right_format_is_a_glitch() -> None:
+    with pytest.raises(FrameError, match="cannot be used"):
+        frame_of(_compressed("jpeg", b"\xff\xd8\xff"), COMPRESSED, "/x", SourceClock(), 9.0)
+
+
+@given(texts)
+def test_any_format_is_read_or_refused(form: str) -> None:
+    try:
+        shown = compressed(form, PICTURE)
+    except (CameraError, FrameError):
+        return
+    assert np.array_equal(shown, PICTURE)
+
+
 @given(
     time=times,
     frame_id=texts,

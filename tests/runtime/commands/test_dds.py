@@ -16,7 +16,7 @@ import pytest
 from bundle.errors import CommandError
 from runtime.commands.base import ZERO, Twist
 from runtime.commands.dds import DdsSink
-from runtime.commands.select import competitors, identity, open_sink
+from runtime.commands.select import competitors, identity, misfits, open_sink
 from runtime.robot_file import DdsCommands
 from runtime.ros_names import dds_topic
 from runtime.watchdog import Watchdog
@@ -260,6 +260,32 @@ def test_other_controllers_are_found_wherever_they_run(domain: int) -> None:
         with opened(DdsCommands(domain=domain)) as late:
             assert len(competitors(late, wait_s=PATIENCE_S)) >= 1, "also by who comes later"
             assert identity(late) != identity(sink)
+
+
+@pytest.mark.parametrize(("base", "stamped"), [("stamped", False), ("twist", True)])
+def test_a_base_that_takes_the_other_type_is_named(domain: int, base: str, stamped: bool) -> None:
+    with opened(DdsCommands(domain=domain, stamped=stamped)) as sink, receiver(domain, base):
+        deadline = time.monotonic() + PATIENCE_S
+        while not (found := misfits(sink)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        theirs, ours = ("Twist", "TwistStamped") if stamped else ("TwistStamped", "Twist")
+        assert found == (
+            f"1 subscriber takes geometry_msgs/msg/{theirs}, and geometry_msgs/msg/{ours} is sent: "
+            f"write stamped = {'false' if stamped else 'true'} under [commands]",
+        )
+        assert sink.listeners() == 0
+    assert misfits(sink) == ()
+
+
+def test_a_base_that_asks_for_reliable_delivery_is_named(domain: int) -> None:
+    with opened(DdsCommands(domain=domain, reliable=False)) as sink, receiver(domain):
+        deadline = time.monotonic() + PATIENCE_S
+        while not (found := misfits(sink)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert found == ("1 subscriber takes reliable delivery only: write reliable = true under [commands]",)
+    with opened(DdsCommands(domain=domain)) as sink, receiver(domain):
+        wait_for_listeners(sink, 1)
+        assert misfits(sink) == ()
 
 
 def test_the_watchdog_stops_a_robot_that_speaks_dds(domain: int) -> None:

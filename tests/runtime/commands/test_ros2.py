@@ -11,7 +11,7 @@ from runtime.commands import fake_rclpy
 from runtime.commands.base import ZERO, Twist
 from runtime.commands.fake_rclpy import FakeRos
 from runtime.commands.ros2 import Ros2Sink
-from runtime.commands.select import competitors, identity, open_sink
+from runtime.commands.select import competitors, identity, misfits, open_sink
 from runtime.robot_file import Ros2Commands
 
 TWIST = Twist(1, 2.0, 3.0, 4.0, 5.0, 6.0)
@@ -73,6 +73,24 @@ def test_others_on_the_topic_are_found_by_their_nodes(ros: FakeRos) -> None:
     assert competitors(loop, wait_s=60.0) == (f"node /{identity(watchdog)}",)
     ros.others.append(("teleop", "/operator"))
     assert competitors(loop, exclude=[identity(watchdog)], wait_s=60.0) == ("node /operator/teleop",)
+
+
+def test_subscribers_that_get_nothing_are_named(ros: FakeRos) -> None:
+    strict, loose = fake_rclpy.ReliabilityPolicy.RELIABLE, fake_rclpy.ReliabilityPolicy.BEST_EFFORT
+    ros.wants = [("geometry_msgs/msg/Twist", strict), ("geometry_msgs/msg/Twist", loose)]
+    sink = Ros2Sink(Ros2Commands(), 0)
+    assert misfits(sink) == ()
+    ros.wants += [("geometry_msgs/msg/TwistStamped", strict), ("geometry_msgs/msg/TwistStamped", strict)]
+    [stamped] = misfits(sink)
+    assert stamped.startswith("2 subscribers take geometry_msgs/msg/TwistStamped, and geometry_msgs/msg/Twist is sent")
+    assert "stamped = true" in stamped
+    ros.wants = [("geometry_msgs/msg/Twist", strict), ("std_msgs/msg/String", loose)]
+    assert [text.rpartition(":")[2] for text in misfits(Ros2Sink(Ros2Commands(reliable=False), 0))] == [
+        " write reliable = true under [commands]",
+        " give another topic under [commands]",
+    ]
+    ros.broken = "rcl says no"
+    assert misfits(sink) == ()
 
 
 def test_every_failure_of_ros_is_a_command_error(ros: FakeRos) -> None:

@@ -179,6 +179,44 @@ def test_forms_that_do_not_fit_are_refused(served: Served) -> None:
     error(served.http.post("/predict", content=b"x", headers={"content-type": "multipart/form-data"}), 422)
 
 
+def form(*fields: tuple[str, bytes]) -> bytes:
+    parts = [
+        b'--x\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n'
+        % (name.encode(), b'; filename="f"' if name == "image" else b"", content)
+        for name, content in fields
+    ]
+    return b"".join(parts) + b"--x--\r\n"
+
+
+@pytest.mark.parametrize(
+    "extra",
+    ["charset=punycode", "Charset = 'x'", 'charset="idna"', "charset=utf-8; charset=punycode", "charset*=utf-16"],
+)
+def test_a_charset_chooses_no_codec(served: Served, extra: str) -> None:
+    """Decoding punycode takes the square of its length: 200 kB of it stopped the service whole."""
+    body = form(("session", b"forms"), ("instruction", GO_LEFT.encode()), ("image", PNGS[0]))
+    for kind in ("multipart/form-data; boundary=x", "application/json"):
+        answer = error(served.http.post("/predict", content=body, headers={"content-type": f"{kind}; {extra}"}), 415)
+        assert (answer.reason, answer.expected) == ("content_type", "UTF-8")
+
+
+@pytest.mark.parametrize("extra", ["", "; charset=utf-8", '; charset="UTF-8"', "; charset=us-ascii"])
+def test_forms_are_utf_8(served: Served, extra: str) -> None:
+    kind = {"content-type": f"multipart/form-data; boundary=x{extra}"}
+    good = form(("session", b"forms"), ("instruction", GO_LEFT.encode()), ("image", PNGS[0]))
+    predicted(served.http.post("/predict", content=good, headers=kind))
+    latin = form(("session", b"forms"), ("instruction", "gauche, à".encode("latin-1")), ("image", PNGS[0]))
+    assert "'instruction' that is no UTF-8" in str(
+        error(served.http.post("/predict", content=latin, headers=kind), 422).got
+    )
+    korean = form(("session", b"forms"), ("instruction", "왼쪽".encode()), ("image", PNGS[0]))
+    assert error(served.http.post("/predict", content=korean, headers=kind), 422).reason == (
+        "request" if "ascii" in extra else "instruction"
+    )
+    long = form(("session", b"forms"), ("instruction", b"a" * 20_000), ("image", PNGS[0]))
+    assert error(served.http.post("/predict", content=long, headers=kind), 422).reason == "request"
+
+
 def test_pictures_and_instructions_that_cannot_be_used_are_refused(served: Served) -> None:
     assert error(post_form(served, PNGS[0][:60], instruction=GO_LEFT), 422).reason == "image"
     unknown = error(post_form(served, PNGS[0], instruction="words that no tokenizer is there for"), 422)

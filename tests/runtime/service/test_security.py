@@ -105,7 +105,18 @@ def test_health_needs_no_key(keyed: Served) -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "0.0.0.0", "", "[::2]", "[x"]
+    "host",
+    ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "0.0.0.0", "", "[::2]", "[x"]
+    + [
+        "[::1].evil",
+        "[::1]evil.example:80",
+        "evil@127.0.0.1",
+        "evil:80@[::1]",
+        "localhost/x",
+        "localhost#",
+        "localhost:80:80",
+        "[localhost]",
+    ],
 )
 def test_a_service_without_a_key_answers_to_loopback_names_only(keyless: Served, keyed: Served, host: str) -> None:
     """A page whose name has been pointed at 127.0.0.1 still sends that name."""
@@ -122,7 +133,18 @@ def test_loopback_names_are_answered(keyless: Served, host: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "origin", ["http://evil.example", "null", "http://localhost:1234", "https://evil.example:8000", "file://"]
+    "origin",
+    ["http://evil.example", "null", "http://localhost:1234", "https://evil.example:8000", "file://"]
+    + [
+        "http://[",
+        "http://[::1",
+        "http://]",
+        "",
+        "localhost",
+        "http://evil@localhost",
+        "http://localhost/",
+        "ftp://localhost",
+    ],
 )
 def test_web_pages_of_others_are_refused(keyless: Served, keyed: Served, origin: str) -> None:
     for served in (keyless, keyed):
