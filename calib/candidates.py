@@ -161,7 +161,7 @@ def _largest_commands(action: Action) -> NDArray[np.float64]:
     """Of each column; metres and radians are not compared."""
     if action.head == "classes":
         table: NDArray[np.float64] = np.abs(np.array(action.class_values, np.float64)).max(axis=0)
-        return table
+        return np.where(table > 0, table, 1.0)  # what no class moves is not the episode's motion either
     return np.full(len(action.names), max(abs(action.minimum), abs(action.maximum)) if action.normalized else 1.0)
 
 

@@ -71,6 +71,7 @@ prompts = st.builds(
     embed_scale=floats,
     buckets=tuples(sizes),
     instructions=tuples(st.builds(schema.Instruction, text=texts, token_ids=tuples(sizes)), 2),
+    template_source=st.just("") | texts,
 )
 preprocessings = st.builds(
     schema.Preprocessing,
@@ -91,6 +92,7 @@ actions = st.builds(
     mu=st.none() | floats,
     class_names=tuples(texts),
     class_values=tuples(tuples(floats)),
+    classes_source=st.just("") | texts,
 )
 parities = st.builds(
     schema.Parity,
@@ -152,6 +154,16 @@ def raw(folder: Path) -> bytes:
 
 
 # --- what is written is read ----------------------------------------------------------------------------------------------
+
+
+def test_facts_that_older_bundles_lack_leave_them_as_they_are(folder: Path, raw: bytes) -> None:
+    """Their digest is over what they say; to say where the prompt and the classes are from is new."""
+    assert b"template_source" not in raw
+    assert b"classes_source" not in raw
+    manifest = Manifest.load(folder)
+    told = msgspec.structs.replace(manifest, action=msgspec.structs.replace(manifest.action, classes_source="stated"))
+    assert told.digest() != manifest.digest()
+    assert Manifest.decode(told.encode()).action.classes_source == "stated"
 
 
 @settings(max_examples=60)

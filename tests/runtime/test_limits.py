@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from bundle.errors import ConfigError, LimitsError
 from bundle.manifest import Action, Manifest
+from runtime.commands.base import TWIST_FIELDS
 from runtime.limits import axis_map, check_cadence, limits_of
 from runtime.robot_file import AxisLimits, LimitsFile, SafetyLimits
 from runtime.robot_toml import load_limits_file, load_robot_file
@@ -66,6 +67,25 @@ def test_the_bundle_bounds_the_robot(changes: dict[str, object], reach: float) -
     assert limits_of(robot_file(), msgspec.structs.replace(ACTION, **changes)).max_speed[0] == pytest.approx(
         reach * 0.5
     )
+
+
+def test_a_class_that_turns_needs_an_axis_to_turn_about() -> None:
+    turning = msgspec.structs.replace(
+        ACTION,
+        head="classes",
+        names=(*ACTION.names, "angular_z"),
+        units=(*ACTION.units, "rad/s"),
+        class_names=("F", "TurnL"),
+        class_values=((0.3, 0.0, 0.0), (0.0, 0.0, 0.5)),
+    )
+    with pytest.raises(ConfigError, match="has no axis for the policy's action 'angular_z'"):
+        limits_of(robot_file(), turning)
+    robot = robot_file()
+    spinning = msgspec.structs.replace(
+        robot.axes["linear_x"], field="angular_z", policy_unit="rad/s", gain=1.0, max_speed=2.0
+    )
+    robot = msgspec.structs.replace(robot, axes=robot.axes | {"angular_z": spinning})
+    assert limits_of(robot, turning).max_speed[TWIST_FIELDS.index("angular_z")] == 0.5
 
 
 @given(st.floats(0.001, 10), st.floats(0.001, 10), st.floats(0.001, 10))

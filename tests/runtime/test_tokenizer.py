@@ -99,3 +99,20 @@ def test_unknown_without_the_package(tmp_path: Path) -> None:
 def test_unknown_where_nothing_is_known(tmp_path: Path) -> None:
     with pytest.raises(PromptError, match="expected: a tokenizer, or token ids"):
         token_ids_of("go right", prompt(), tmp_path / "tokenizer.json")
+
+
+@pytest.mark.usefixtures("without_tokenizers")
+def test_a_known_instruction_may_come_with_its_whole_text(tmp_path: Path) -> None:
+    absent = tmp_path / "absent.json"
+    assert token_ids_of("<grounding>An image of a robot go left", prompt(KNOWN), absent) == KNOWN.token_ids
+    with pytest.raises(PromptError, match="already carries a part of a prompt"):
+        token_ids_of("<grounding>go left", prompt(KNOWN), absent)
+
+
+@pytest.mark.usefixtures("without_tokenizers")
+def test_a_policy_without_words_is_told_nothing(tmp_path: Path) -> None:
+    nothing = Instruction(text="", token_ids=(0, 64012, 2))
+    silent = prompt(nothing, template="<grounding>")
+    assert token_ids_of("  ", silent, tmp_path / "absent.json") == nothing.token_ids
+    with pytest.raises(PromptError, match="trained without words"):
+        token_ids_of("go left", silent, tmp_path / "absent.json")

@@ -220,3 +220,31 @@ def test_actions_tell_the_side_where_words_do_not(
     assert episode("a.h5", instruction="go", actions=values, names=names).side == side
     assert episode("a.h5", instruction="pass left and right", actions=values, names=names).side == side
     assert episode("a.h5", instruction=LEFT, actions=values, names=names).side == "left"
+
+
+def test_an_optional_axis_counts_as_zero_where_it_is_missing(tmp_path: Path) -> None:
+    write_v1(tmp_path, "b.h5", length=3)
+    path = write_v1(tmp_path, "a.h5", length=3)
+    edit(path, "actions", np.ones((3, 2), np.float32))
+    axes = ("linear_x", "linear_y", "angular_z")
+    data = DataConfig(sources=(SourceConfig(files=("*.h5",)),), actions=axes)
+    planar, turning = read_episodes(data, tmp_path, optional=("angular_z",))
+    assert_allclose(planar.actions, [[1, 1, 0]] * 3)
+    assert_allclose(turning.actions[:, 2], [0, 0.001, 0.002], rtol=1e-6)
+
+
+def test_words_are_kept_without_the_text_around_them(tmp_path: Path) -> None:
+    write_v1(tmp_path, "a.h5", instruction=f"<grounding>{LEFT}")
+    source = SourceConfig(files=("*.h5",))
+    (whole,) = read_episodes(DataConfig(sources=(source,), prompt_template="<grounding>{instruction}"), tmp_path)
+    assert whole.instruction == LEFT
+    with pytest.raises(EpisodeError, match="already carries a part of a prompt") as error:
+        read_episodes(DataConfig(sources=(source,)), tmp_path)
+    assert "data.prompt_template" in error.value.hint
+
+
+def test_a_policy_without_words_needs_none(tmp_path: Path) -> None:
+    write_v1(tmp_path, "a.h5", instruction=None)
+    data = DataConfig(sources=(SourceConfig(files=("*.h5",)),), prompt_template="<grounding>")
+    (silent,) = read_episodes(data, tmp_path)
+    assert silent.instruction == ""
