@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from bundle.errors import ConfigError, EpisodeError
 from bundle.manifest import Manifest
+from bundle.prompt_template import RAW, told
 
 _AT_MOST_BYTES = 512 * 2**20  # of frames in memory
 _DRAWN = 16
@@ -59,7 +60,7 @@ class Feed:
         return frame
 
 
-def episode_feed(path: Path, *, instruction: str | None = None) -> Feed:
+def episode_feed(path: Path, *, instruction: str | None = None, template: str = RAW) -> Feed:
     """The frames of an episode, as many as fit into half a gigabyte.
 
     Raises:
@@ -78,9 +79,9 @@ def episode_feed(path: Path, *, instruction: str | None = None) -> Feed:
         frames = np.empty((count, *first.shape), np.uint8)
         for index in range(count):
             frames[index] = episode.frame(index)
-        told = instruction or episode.instruction or _SAID
+        said = told(template, instruction, episode.instruction or _SAID)
         recorded = Recorded(path.name, episode.fps, episode.actions[:count], episode.action_names)
-        return Feed(frames, told, f"{path.name}, {count} frames, schema {episode.schema}", recorded)
+        return Feed(frames, said or "", f"{path.name}, {count} frames, schema {episode.schema}", recorded)
 
 
 def drawn_feed(manifest: Manifest, *, height: int = 720, width: int = 1280, instruction: str | None = None) -> Feed:
@@ -93,4 +94,5 @@ def drawn_feed(manifest: Manifest, *, height: int = 720, width: int = 1280, inst
         left = (width - side) * index // _DRAWN
         frame[height // 2 : height // 2 + side, left : left + side] = 230
     known = next((each.text for each in manifest.prompt.instructions), None)
-    return Feed(frames, instruction or known or _SAID, f"{_DRAWN} drawn frames, no episode given")
+    said = told(manifest.prompt.template, instruction, known or _SAID)
+    return Feed(frames, said or "", f"{_DRAWN} drawn frames, no episode given")

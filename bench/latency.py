@@ -119,7 +119,7 @@ def measure(config: LatencyConfig, console: Console) -> tuple[Result, Path]:
             bundle, config.backend, precision=config.precision, verify=not config.skip_hashes, threads=threads
         )
     if config.episode is not None:
-        feed = episode_feed(config.episode, instruction=config.instruction)
+        feed = episode_feed(config.episode, instruction=config.instruction, template=policy.manifest.prompt.template)
     else:
         height, width = config.frame_size
         feed = drawn_feed(policy.manifest, height=height, width=width, instruction=config.instruction)

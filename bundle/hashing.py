@@ -29,6 +29,24 @@ def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> st
     return digest.hexdigest()
 
 
+def content_files(path: Path) -> tuple[Path, ...]:
+    """The file itself, or the files of a folder (not of folders in it), sorted by name."""
+    return tuple(sorted(each for each in path.iterdir() if each.is_file())) if path.is_dir() else (path,)
+
+
+def content_bytes(path: Path) -> int:
+    """Bytes of a file, or of the files of a folder."""
+    return sum(each.stat().st_size for each in content_files(path))
+
+
+def sha256_content(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """Hex sha256 of a file; of a folder, that of its files' names and hashes."""
+    if not path.is_dir():
+        return sha256_file(path, progress)
+    lines = [f"{sha256_file(each, progress)}  {each.name}\n" for each in content_files(path)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def sha256_arrays(
     arrays: Iterable[tuple[str, NDArray[np.generic]]], progress: Callable[[int], None] | None = None
 ) -> str:

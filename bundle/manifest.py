@@ -84,12 +84,13 @@ class Instruction(_Strict, frozen=True):
     token_ids: tuple[int, ...]
 
 
-class Prompt(_Strict, frozen=True):
+class Prompt(_Strict, frozen=True, omit_defaults=True):
     """How an instruction becomes decoder input.
 
     `embed_scale` multiplies rows of token_embedding.npy, whose last row is the action token. `buckets` are the sequence lengths
     for which a language graph exists, ascending. `pad_to` reproduces deployments that pad the prompt (it moves the action
-    token's position); null means natural length, as in training.
+    token's position); null means natural length. `template` is the text around an instruction (bundle/prompt_template.py), and
+    `template_source` says where it and `pad_to` are from; bundles from before it was recorded have none.
     """
 
     packing: Packing
@@ -101,6 +102,7 @@ class Prompt(_Strict, frozen=True):
     embed_scale: float
     buckets: tuple[int, ...]
     instructions: tuple[Instruction, ...]
+    template_source: str = ""
 
 
 class Preprocessing(_Strict, frozen=True):
@@ -113,11 +115,12 @@ class Preprocessing(_Strict, frozen=True):
     cameras: tuple[str, ...]
 
 
-class Action(_Strict, frozen=True):
+class Action(_Strict, frozen=True, omit_defaults=True):
     """What the head's numbers mean.
 
     `names` and `units` describe `ActionChunk.values`. Values are 0.5 (x + 1) (maximum - minimum) + minimum when `normalized`,
-    after undoing mu-law companding where `mu` is set. For `classes` heads, `class_values` maps a class to its command.
+    after undoing mu-law companding where `mu` is set. For `classes` heads, `class_values` maps a class to its command,
+    and `classes_source` says where their order is from; bundles from before it was recorded have none.
     """
 
     head: HeadKind
@@ -129,6 +132,7 @@ class Action(_Strict, frozen=True):
     mu: float | None
     class_names: tuple[str, ...]
     class_values: tuple[tuple[float, ...], ...]
+    classes_source: str = ""
 
 
 class Tensor(_Strict, frozen=True):

@@ -8,19 +8,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from bundle.errors import PromptError
+from bundle.prompt_template import fill
 
 
 def tokenize(instruction: str, template: str, tokenizer: Path, *, known: tuple[str, ...] = ()) -> tuple[int, ...]:
     """Token ids of `template` filled with the instruction; `known` texts are suggested where it cannot be done.
 
     Raises:
-        PromptError: the text is empty, or there is no tokenizer.
+        PromptError: the text does not go into the template (see `fill`), or there is no tokenizer.
     """
-    text = instruction.strip()
-    if not text:
-        raise PromptError(
-            "the instruction is empty", hint="say what the robot should do, e.g. 'Navigate to the basket'."
-        )
+    text, prompt = instruction.strip(), fill(template, instruction)
     try:
         from tokenizers import Tokenizer
     except ImportError:
@@ -39,7 +36,7 @@ def tokenize(instruction: str, template: str, tokenizer: Path, *, known: tuple[s
             # A tokenizer.json may carry padding and truncation of whoever saved it; the policy's prompt has neither.
             loaded.no_padding()
             loaded.no_truncation()
-            return tuple(loaded.encode(template.format(instruction=text)).ids)
+            return tuple(loaded.encode(prompt).ids)
         missing = f"there is no {tokenizer}"
     raise PromptError(
         f"cannot tokenise {text!r}: {missing}",

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from bundle.errors import EpisodeError
 from bundle.manifest import Action
+from bundle.prompt_template import RAW, told
 from episodes.reader import Episode, EpisodeWarning, open_episode
 
 T = TypeVar("T")
@@ -72,12 +73,18 @@ class Recording:
 
 
 def survey(
-    sources: Iterable[Path], action: Action, *, instruction: str | None, cameras: Sequence[str] = ("static",)
+    sources: Iterable[Path],
+    action: Action,
+    *,
+    instruction: str | None,
+    template: str = RAW,
+    cameras: Sequence[str] = ("static",),
 ) -> tuple[tuple[Recording, ...], tuple[str, ...]]:
     """The episodes that have an instruction, in the order of their names, and a line for each that has none.
 
     Args:
         instruction: for all of them, instead of their own.
+        template: of the policy's prompt; one without words needs no instruction.
         cameras: that each must have.
 
     Raises:
@@ -99,7 +106,7 @@ def survey(
                     "when building: --action-names ...",
                 )
             episode.require_cameras(cameras)
-            said = episode.instruction if instruction is None else instruction
+            said = told(template, instruction, episode.instruction)
             if said is None:
                 notes.append(f"{source.name}: left out, it has no instruction")
                 continue
@@ -129,6 +136,9 @@ def survey(
 
 def recorded_axes(action: Action) -> tuple[str, ...]:
     """The columns that an episode must have: all but a gripper head's gripper and its padding, which a mobile robot does not record."""
+    if action.head == "classes":
+        # The lab's loader fills up what old recordings lack: they do not turn.
+        return tuple(name for name in action.names if name != "angular_z")
     if action.head != "actions_gripper":
         return action.names
     return tuple(name for name in action.names[:-1] if not name.startswith("unused_")) or action.names
@@ -138,7 +148,8 @@ def motion_classes(episode: Episode, action: Action) -> tuple[str, ...]:
     """For each frame, the signs of the axes that move: "+x-y", "-angular_z", "stop"."""
     names = [name for name in action.names if name in episode.action_names]
     commands = episode.actions[:, [episode.action_names.index(name) for name in names]]
-    signs = np.where(np.abs(commands) > _MOVES * _largest_command(action), np.sign(commands), 0)
+    largest = _largest_commands(action)[[action.names.index(name) for name in names]]
+    signs = np.where(np.abs(commands) > _MOVES * largest, np.sign(commands), 0)
     labels = [name.removeprefix("linear_") for name in names]
     return tuple(
         "".join(("+" if sign > 0 else "-") + label for sign, label in zip(row, labels, strict=True) if sign) or "stop"
@@ -146,10 +157,12 @@ def motion_classes(episode: Episode, action: Action) -> tuple[str, ...]:
     )
 
 
-def _largest_command(action: Action) -> float:
+def _largest_commands(action: Action) -> NDArray[np.float64]:
+    """Of each column; metres and radians are not compared."""
     if action.head == "classes":
-        return float(np.abs(action.class_values).max())
-    return max(abs(action.minimum), abs(action.maximum)) if action.normalized else 1.0
+        table: NDArray[np.float64] = np.abs(np.array(action.class_values, np.float64)).max(axis=0)
+        return table
+    return np.full(len(action.names), max(abs(action.minimum), abs(action.maximum)) if action.normalized else 1.0)
 
 
 def opened(source: Path) -> Episode:

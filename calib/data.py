@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from bundle.errors import ConfigError, EpisodeError
 from bundle.manifest import Manifest
+from bundle.prompt_template import takes_words
 from calib.calibrate import Seen
 from calib.config import QuantizeConfig
 from calib.frames import calibration_frames, frames_sha256, random_sample, stretch_frames
@@ -106,6 +107,8 @@ def _made_up(config: QuantizeConfig, manifest: Manifest, reporter: Reporter) -> 
     length = manifest.dimensions.window + 4
     pictures = random_sample(manifest, frames=config.frames + 2 * length, seed=config.seed)
     told = config.instruction or next((each.text for each in manifest.prompt.instructions), None)
+    if told is None and not takes_words(manifest.prompt.template):
+        told = ""
     if told is None:
         raise ConfigError(
             "no instruction",

@@ -120,7 +120,11 @@ def draw(
             hint="64 are enough for most policies; more take longer and change little.",
         )
     recordings, notes = survey(
-        sources, manifest.action, instruction=instruction, cameras=manifest.preprocessing.cameras
+        sources,
+        manifest.action,
+        instruction=instruction,
+        template=manifest.prompt.template,
+        cameras=manifest.preprocessing.cameras,
     )
     window = manifest.dimensions.window
     look = _Look(advance)

@@ -18,11 +18,12 @@ import numpy as np
 from bundle import engine_cache
 from bundle.atomic import disk_errors, link_or_copy, staged_directory
 from bundle.errors import BundleError, ParityError
-from bundle.hashing import sha256_file
+from bundle.hashing import content_bytes, content_files, sha256_file
 from bundle.manifest import File, FloatPrecision, Manifest, Stage
 from bundle.recording import Recording
 from bundle.strangers import keep_strangers
 from export import verification
+from export.action_spec import action_spec
 from export.config import BUILD_REPORT, BuildConfig, BuildReport, Input, library_versions, request_sha256
 from export.console import Reporter, human_bytes
 from export.conventions import infer_conventions, provisional_packing
@@ -33,6 +34,7 @@ from export.verification import PARITY_REPORT, pretty_json
 from export.weights import STAGES, stage_bytes
 from runtime.instruction import EMBEDDING_NAME
 from runtime.tokenizer import TOKENIZER_NAME
+from train.action_classes import classes_of_action
 from train.checkpoint import LoadedPolicy, load
 
 _LOG_NAME = "reports/build.log"
@@ -48,10 +50,10 @@ def run(config: BuildConfig, reporter: Reporter) -> None:
     """Build into config.target; see export.pipeline.build. The caller holds the target's lock."""
     target = config.target
     # As it is before it is read: training may replace the file meanwhile.
-    checkpoint = Input.of(config.checkpoint)
+    checkpoint = tuple(map(Input.of, content_files(config.checkpoint)))
     loaded, plan = _read_and_plan(config, reporter)
     check_space(target, plan)
-    inputs = (checkpoint, *_other_inputs(config, loaded))
+    inputs = (*checkpoint, *_other_inputs(config, loaded))
     with staged_directory(target) as staging:
         try:
             (staging / "reports").mkdir()
@@ -133,6 +135,8 @@ def _read_and_plan(config: BuildConfig, reporter: Reporter) -> tuple[LoadedPolic
             config=config.config,
             packing=provisional_packing(config),
             x_attn_causal=config.x_attn_causal,
+            prompt_template=config.prompt_template,
+            pad_prompt_to=config.pad_prompt_to,
         )
         if config.infer_from is not None:
             infer_conventions(config, loaded, reporter)
@@ -140,8 +144,8 @@ def _read_and_plan(config: BuildConfig, reporter: Reporter) -> tuple[LoadedPolic
         conventions = loaded.policy.conventions
         parameters = sum(tensor.numel() for name, tensor in loaded.state.items() if ".lora_" not in name)
         reporter.result(
-            f"{loaded.raw.kind} {human_bytes(config.checkpoint.stat().st_size)}, {parameters / 1e6:.1f} M parameters, "
-            f"{len(loaded.policy.adapted)} LoRA modules, head {loaded.policy.spec.head.kind}"
+            f"{loaded.raw.kind} {human_bytes(content_bytes(config.checkpoint))}, {parameters / 1e6:.1f} M parameters, "
+            f"{len(loaded.adapted)} LoRA modules, head {loaded.policy.spec.head.kind}"
         )
         reporter.result(f"packing {conventions.packing} ({conventions.packing_source})")
         causal = f"x_attn_causal {conventions.x_attn_causal} ({conventions.x_attn_causal_source})"
@@ -152,11 +156,12 @@ def _read_and_plan(config: BuildConfig, reporter: Reporter) -> tuple[LoadedPolic
             )
         else:
             reporter.result(causal)
+        _report_meaning(config, loaded, reporter)
         _warn_untrained(loaded, reporter)
         _warn_doubtful(loaded, reporter)
     with reporter.step("Plan"):
         weights = sum(stage_bytes(loaded.state, part) for part in (*STAGES, "embedding"))
-        total = weights + config.checkpoint.stat().st_size
+        total = weights + content_bytes(config.checkpoint)
         with reporter.bytes_bar("hashing", total) as advance:
             plan = make_plan(config, loaded, advance)
         reporter.result(f"sequence buckets {', '.join(map(str, plan.manifest.prompt.buckets))}")
@@ -166,6 +171,10 @@ def _read_and_plan(config: BuildConfig, reporter: Reporter) -> tuple[LoadedPolic
 
 def _report_base(loaded: LoadedPolicy, reporter: Reporter) -> None:
     """Say what the base directory gave; a checkpoint with a part of the backbone may be a damaged one."""
+    if loaded.folded:
+        reporter.result(f"adapters of {len(loaded.folded)} modules were merged on reading, as peft merges them")
+    if loaded.remark is not None:
+        reporter.warn(loaded.remark)
     if not loaded.from_base:
         return
     origin = f"{len(loaded.from_base)} tensors taken from {loaded.base.folder}"
@@ -174,6 +183,16 @@ def _report_base(loaded: LoadedPolicy, reporter: Reporter) -> None:
         reporter.result(f"base weights: {origin}")
     else:
         reporter.warn(f"the checkpoint holds a part of the backbone only; {origin}: {loaded.from_base[0]}, ...")
+
+
+def _report_meaning(config: BuildConfig, loaded: LoadedPolicy, reporter: Reporter) -> None:
+    """Say what nobody can see in the weights: the text around an instruction, and what classes stand for."""
+    spec = loaded.policy.spec
+    padded = f" padded to {spec.pad_to} tokens" if spec.pad_to is not None else ""
+    reporter.result(f"prompt {spec.prompt_template!r}{padded} ({spec.prompt_source})")
+    if spec.head.kind == "classes":
+        action = action_spec(spec, config, loaded.facts)
+        reporter.result(f"classes {' '.join(classes_of_action(action).spelled())} ({action.classes_source})")
 
 
 def _warn_untrained(loaded: LoadedPolicy, reporter: Reporter) -> None:

@@ -51,11 +51,14 @@ class BuildConfig:
         base: Kosmos-2 directory (config.json, tokenizer.json, weights if the checkpoint lacks them).
         config: RoboVLMs training JSON; by default the one in the checkpoint, else beside it.
         packing: how training laid out a row; must be stated for policies of the 2-DoF fork.
-        infer_from: H5 episode of the training set: find packing and x_attn_causal, where not stated, by which of them predicts it.
+        infer_from: H5 episode of the training set: find packing, x_attn_causal and the prompt's text, where not stated, by which of them
+            predicts it.
         x_attn_causal: the resampler was trained causal (transformers 4.52 to 5.0, sdpa).
         instruction: tokenised into the manifest; also decides the sequence buckets. Repeatable.
         max_prompt_tokens: longest prompt that any later instruction may have, special tokens included.
-        pad_prompt_to: pad every prompt to this many tokens, as some servers do. It changes the result.
+        prompt_template: text around an instruction, with {instruction} in it (without: a policy that was trained without words); by default
+            what the checkpoint records, else what the lab's code does with the config.
+        pad_prompt_to: pad every prompt to this many tokens, 0 for its own length; by default as above. It changes the result.
         tokenizer: tokenizer.json, if it is not in the base directory.
         resize: filter of the training data (upstream bicubic, the fork's H5 loader bilinear); auto is what the checkpoint records, else
             bicubic.
@@ -63,8 +66,8 @@ class BuildConfig:
             checkpoint records, else clip.
         action_range: physical values of -1 and +1, if not those of the config (norm_min, norm_max).
         action_names: columns of the action, if neither recorded nor the usual ones of the head.
-        classes: names of a class head's classes in order, out of Stop F B L R FL FR BL BR.
-        class_speed: linear speed of a class head's commands, in m/s, if not the one that the checkpoint records, else 1.15.
+        classes: a class head's classes in order: names out of Stop F B L R FL FR BL BR TurnL TurnR, or NAME=vx,vy[,wz] in m/s and rad/s.
+        class_speed: linear speed of classes without numbers, in m/s, if not the one that the checkpoint records, else 1.15.
         verify_frames: frames to compare per stream; 0 means window + 4, and window + 2 after the reset.
         verify_episode: H5 episode to take frames from; by default random pictures.
         backend: what verification runs; the runtime chooses its own when it starts.
@@ -84,6 +87,7 @@ class BuildConfig:
     infer_from: Path | None = None
     instruction: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     max_prompt_tokens: int = 64
+    prompt_template: str | None = None
     pad_prompt_to: int | None = None
     tokenizer: Path | None = None
     resize: Literal["bicubic", "bilinear", "auto"] = "auto"
@@ -111,9 +115,12 @@ class BuildConfig:
                 flag = name.replace("_", "-")
                 raise ConfigError(f"unknown {name}", got=repr(value), expected=", ".join(known), hint=f"see --{flag}.")
         object.__setattr__(self, "instruction", tuple(text.strip() for text in self.instruction))
-        if "" in self.instruction:
+        if self.pad_prompt_to is not None and not (self.pad_prompt_to == 0 or 2 <= self.pad_prompt_to <= _MAX_PROMPT):
             raise ConfigError(
-                "an instruction is empty", hint="leave --instruction out, or say what the robot should do."
+                "pad_prompt_to is not usable",
+                got=self.pad_prompt_to,
+                expected=f"0, or 2 to {_MAX_PROMPT} tokens",
+                hint="the lab's NavDataset pads to 256.",
             )
         if not 2 <= self.max_prompt_tokens <= _MAX_PROMPT:
             size = "small" if self.max_prompt_tokens < 2 else "large"

@@ -19,7 +19,7 @@ import numpy as np
 from rich.table import Table
 
 from bundle.errors import BundleError, ConfigError, StorageError
-from bundle.hashing import sha256_file
+from bundle.hashing import content_bytes, sha256_content, sha256_file
 from bundle.manifest import (
     SCHEMA,
     Dimensions,
@@ -33,6 +33,7 @@ from bundle.manifest import (
     Source,
     Stage,
 )
+from bundle.prompt_template import takes_words
 from export.action_spec import action_spec
 from export.config import BuildConfig, code_sha256
 from export.console import human_bytes, plain_table
@@ -138,12 +139,12 @@ def make_plan(config: BuildConfig, loaded: LoadedPolicy, advance: Callable[[int]
         source=Source(
             checkpoint=config.checkpoint.name,
             checkpoint_format=loaded.raw.kind,
-            checkpoint_sha256=sha256_file(config.checkpoint, advance),
-            checkpoint_bytes=config.checkpoint.stat().st_size,
+            checkpoint_sha256=sha256_content(config.checkpoint, advance),
+            checkpoint_bytes=content_bytes(config.checkpoint),
             weights_sha256=hashlib.sha256(repr(sorted(hashes.items())).encode()).hexdigest(),
             base_sha256=loaded.base_sha256 or loaded.raw.recorded.get("base_sha256"),
             base_tensors=len(loaded.from_base),
-            lora_modules=len(policy.adapted),
+            lora_modules=len(loaded.adapted),
             ignored_keys=loaded.ignored,
         ),
         dimensions=Dimensions(
@@ -256,19 +257,21 @@ def _prompt(
 ) -> tuple[Prompt, tuple[tuple[int, ...], ...]]:
     """The manifest's prompt part, and the prompts to verify with: two, and one for each bucket that they leave out."""
     policy, text = loaded.policy, loaded.base.kosmos.text_config
+    pad_to = policy.spec.pad_to
     instructions = tuple(
         Instruction(text=item, token_ids=tokens_of(item, config, loaded)) for item in config.instruction
     )
     prompts = [item.token_ids for item in instructions]
     if not prompts and tokenizer is not None:
-        prompts = [tokens_of(_DEFAULT_INSTRUCTION, config, loaded)]
+        told = _DEFAULT_INSTRUCTION if takes_words(policy.spec.prompt_template) else ""
+        prompts = [tokens_of(told, config, loaded)]
     elif not prompts:
         prompts = [_made_up_tokens(text.vocab_size, 16, text.eos_token_id)]
-    padded = [pad_tokens(item, config.pad_prompt_to, text.pad_token_id) for item in prompts]
+    padded = [pad_tokens(item, pad_to, text.pad_token_id) for item in prompts]
     longest = _made_up_tokens(text.vocab_size, config.max_prompt_tokens, text.eos_token_id)
-    if config.pad_prompt_to is not None:
+    if pad_to is not None:
         # In a padded prompt </s> is not the last column, and stays in front of the action token.
-        longest = pad_tokens(longest[: config.pad_prompt_to], config.pad_prompt_to, text.pad_token_id)
+        longest = pad_tokens(longest[:pad_to], pad_to, text.pad_token_id)
     candidates = [padded[0], padded[-1], *padded[1:-1], longest]
     bucket_of = {
         ids: round_up(
@@ -290,9 +293,10 @@ def _prompt(
         packing=policy.conventions.packing,
         packing_source=policy.conventions.packing_source,
         template=policy.spec.prompt_template,
+        template_source=policy.spec.prompt_source,
         pad_id=text.pad_token_id,
         eos_id=text.eos_token_id,
-        pad_to=config.pad_prompt_to,
+        pad_to=pad_to,
         embed_scale=dims.embed_scale,
         buckets=tuple(sorted(set(bucket_of.values()))),
         instructions=instructions,

@@ -194,7 +194,9 @@ class DecisionThread:
             self.instruction = None
             self._note(Note(self._clock(), "policy", _line(error)))
             with self._lock:
-                self._order = self._order or instruction  # a server comes back; a newer order comes first
+                self._order = (
+                    instruction if self._order is None else self._order
+                )  # a server comes back; a newer order comes first
             self._closing.wait(_LOOK_S)
         else:
             self.instruction = instruction

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from bundle.errors import EpisodeError
 from bundle.manifest import Preprocessing
+from bundle.prompt_template import told
 from episodes.reader import Episode, open_episode
 from runtime.policy import Policy
 from runtime.preprocess import resize
@@ -78,7 +79,7 @@ def replay(
         EpisodeError: no instruction anywhere, no common action axis, a hand camera the episode lacks, or a damaged frame.
         PromptError, BackendError: see Policy.
     """
-    said = episode.instruction if instruction is None else instruction
+    said = told(policy.manifest.prompt.template, instruction, episode.instruction)
     if said is None:
         raise EpisodeError(
             f"{episode.path} has no instruction",

@@ -35,6 +35,7 @@ from rich.table import Table
 from bundle.atomic import make_folder
 from bundle.errors import BundleError, ConfigError, JetvlaError, ServiceError
 from bundle.manifest import Manifest
+from bundle.prompt_template import told
 from runtime.backends.select import PrecisionChoice
 from runtime.decisions import Decider
 from runtime.drive import DriveOptions, Plan, drive, make_plan
@@ -181,8 +182,9 @@ def _load(config: RunConfig, console: Console) -> tuple[Policy, dict[str, object
 
 def _drive(config: RunConfig, console: Console) -> dict[str, object]:
     manifest = Manifest.load(config.bundle)
-    if config.instruction is None:
-        known = [repr(instruction.text) for instruction in manifest.prompt.instructions]
+    instruction = told(manifest.prompt.template, config.instruction, None)
+    if instruction is None:
+        known = [repr(each.text) for each in manifest.prompt.instructions]
         raise UsageError(
             "no instruction to drive by",
             got="no --instruction, and neither of --replay, --check, --doctor",
@@ -208,7 +210,7 @@ def _drive(config: RunConfig, console: Console) -> dict[str, object]:
         if config.interactive:
             console.print("a line is a new instruction; Enter alone, or stop, stops", markup=False, soft_wrap=True)
 
-    options = DriveOptions(config.instruction, config.dry_run, config.confirm, config.interactive, config.seconds)
+    options = DriveOptions(instruction, config.dry_run, config.confirm, config.interactive, config.seconds)
     result: dict[str, object] = {"bundle": str(config.bundle), "robot": plan.robot.name}
 
     def load() -> Decider:

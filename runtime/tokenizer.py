@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bundle.manifest import Prompt
+from bundle.prompt_template import fill
 from bundle.tokenization import tokenize
 
 __all__ = ["TOKENIZER_NAME", "token_ids_of", "tokenize"]
@@ -19,9 +20,10 @@ def token_ids_of(instruction: str, prompt: Prompt, tokenizer: Path) -> tuple[int
     """Token ids with special tokens, before any padding; `tokenizer` is a tokenizer.json that may be missing.
 
     Raises:
-        PromptError: the text is empty, or unknown and there is no tokenizer.
+        PromptError: the text does not go into the policy's template, or it is unknown and there is no tokenizer.
     """
+    wanted = fill(prompt.template, instruction)
     for known in prompt.instructions:
-        if known.text == instruction.strip():
+        if fill(prompt.template, known.text) == wanted:
             return known.token_ids
     return tokenize(instruction, prompt.template, tokenizer, known=tuple(item.text for item in prompt.instructions))

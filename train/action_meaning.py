@@ -7,18 +7,11 @@ from __future__ import annotations
 
 from bundle.errors import ConfigError
 from bundle.manifest import Action
+from train.action_classes import AXES, DIRECTIONS, USUAL_SPEED_MPS, ClassTable, parse_classes
 from train.config import PolicySpec
 from train.facts import TrainingFacts
 
-# The fork's nine classes in its own order; x forward, y left (REP 103).
-NINE_CLASSES = ("Stop", "F", "B", "L", "R", "FL", "FR", "BL", "BR")
-_DIRECTIONS = {
-    "Stop": (0, 0), "F": (1, 0), "B": (-1, 0), "L": (0, 1), "R": (0, -1),
-    "FL": (1, 1), "FR": (1, -1), "BL": (-1, 1), "BR": (-1, -1),
-}  # fmt: skip
-_VELOCITIES = ("linear_x", "linear_y", "angular_z")
 _ARM = ("x", "y", "z", "roll", "pitch", "yaw")
-_USUAL_SPEED = 1.15
 _UNITS = {"linear_x": "m/s", "linear_y": "m/s", "angular_z": "rad/s", "gripper": "-1 or 1"}
 
 
@@ -37,8 +30,8 @@ def action_of(
         facts: what the checkpoint records of its training; only the user's word, which is the rest, goes before it.
         action_range: physical values of -1 and +1.
         names: of the columns.
-        classes: names of a class head's classes in order.
-        class_speed: linear speed of a class head's commands, in m/s; None is that of the recordings if they are known, else the lab's.
+        classes: a class head's classes in order, names or `name=vx,vy[,wz]`.
+        class_speed: linear speed of classes without numbers, in m/s; None is that of the recordings if they are known, else the lab's.
 
     Raises:
         ConfigError: names or classes that do not fit the head, or classes that must be stated.
@@ -62,11 +55,9 @@ def action_of(
             expected="above 0.5",
             hint="upstream's evaluation scales the gripper's 0 and 1 as well, and takes the sign of what exceeds 0.5.",
         )
-    class_names = _class_names(spec, classes)
-    if class_speed is None:
-        class_speed = _USUAL_SPEED if facts is None else facts.action_maximum
-    names = names or _recorded_names(spec, facts) or _default_names(spec)
-    columns = 2 if spec.head.kind == "classes" else spec.head.outputs
+    table, source = _classes(spec, facts, classes, class_speed)
+    columns = (3 if table.turns else 2) if spec.head.kind == "classes" else spec.head.outputs
+    names = names or _recorded_names(spec, facts) or _default_names(spec, columns)
     if len(names) != columns or len(set(names)) != columns:
         raise ConfigError(
             "the action names do not fit the head",
@@ -82,14 +73,15 @@ def action_of(
         minimum=minimum,
         maximum=maximum,
         mu=spec.mu,
-        class_names=class_names,
-        class_values=tuple(tuple(class_speed * part for part in _DIRECTIONS[name]) for name in class_names),
+        class_names=table.names,
+        class_values=tuple(value[:columns] for value in table.values),
+        classes_source=source,
     )
 
 
 def _recorded_names(spec: PolicySpec, facts: TrainingFacts | None) -> tuple[str, ...]:
     """The axes that were learned; columns of a wider head that were trained to be zero are called so."""
-    if facts is None:
+    if facts is None or spec.head.kind == "classes":
         return ()
     if spec.head.kind != "actions_gripper":
         return facts.action_names
@@ -97,29 +89,45 @@ def _recorded_names(spec: PolicySpec, facts: TrainingFacts | None) -> tuple[str,
     return (*facts.action_names, *(f"unused_{index}" for index in range(learned, spec.head.outputs - 1)), "gripper")
 
 
-def _default_names(spec: PolicySpec) -> tuple[str, ...]:
+def _default_names(spec: PolicySpec, columns: int) -> tuple[str, ...]:
     count = spec.head.outputs
     if spec.head.kind == "classes":
-        return _VELOCITIES[:2]
+        return AXES[:columns]
     if spec.head.kind == "velocities":
-        return _VELOCITIES[:count] if count <= len(_VELOCITIES) else tuple(f"action_{i}" for i in range(count))
+        return AXES[:count] if count <= len(AXES) else tuple(f"action_{i}" for i in range(count))
     arm = count - 1
     if arm == len(_ARM):
         return (*_ARM, "gripper")
-    return (*(_VELOCITIES[:arm] if arm <= len(_VELOCITIES) else tuple(f"action_{i}" for i in range(arm))), "gripper")
+    return (*(AXES[:arm] if arm <= len(AXES) else tuple(f"action_{i}" for i in range(arm))), "gripper")
 
 
-def _class_names(spec: PolicySpec, classes: tuple[str, ...]) -> tuple[str, ...]:
+def _classes(
+    spec: PolicySpec, facts: TrainingFacts | None, stated: tuple[str, ...], speed: float | None
+) -> tuple[ClassTable, str]:
+    """The classes, and who says so: the user, the checkpoint, or what the lab's code does with the config."""
     if spec.head.kind != "classes":
-        if classes:
+        if stated:
             raise ConfigError("this head has no classes", got="--classes", hint="leave it out.")
-        return ()
-    names = classes or (NINE_CLASSES if spec.head.outputs == len(NINE_CLASSES) else ())
-    if len(names) != spec.head.outputs or len(set(names)) != len(names) or not set(names) <= set(_DIRECTIONS):
+        return ClassTable((), ()), ""
+    count = spec.head.outputs
+    recorded = () if facts is None else facts.classes or ()
+    if stated:
+        texts, source = stated, "stated by the user"
+    elif recorded:
+        texts, source = recorded, "recorded"
+        if speed is not None:  # which goes before what is recorded, for the classes that it can be said of
+            bare = ((text, text.partition("=")[0]) for text in recorded)
+            texts = tuple(name if name in DIRECTIONS else text for text, name in bare)
+    else:
+        texts, source = spec.classes, spec.classes_source
+    hint = "for example --classes Stop F L R FL FR TurnL=0,0,0.5; the order stands in the dataset code of the run."
+    if len(texts) != count:
         raise ConfigError(
-            f"what the {spec.head.outputs} classes mean must be stated",
-            got=" ".join(names) or "nothing",
-            expected=f"{spec.head.outputs} names out of {' '.join(_DIRECTIONS)}, in training order",
-            hint="for example --classes Stop F L R FL FR; the order stands in the dataset code of the run.",
+            f"what the {count} classes mean must be stated",
+            got=" ".join(texts) or f"nothing; {source}" if source else "nothing",
+            expected=f"{count} of {' '.join(DIRECTIONS)} or NAME=vx,vy[,wz], in training order",
+            hint=hint,
         )
-    return names
+    if speed is None:
+        speed = USUAL_SPEED_MPS if facts is None else facts.action_maximum
+    return parse_classes(texts, speed=speed, hint=hint), source

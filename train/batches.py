@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from bundle.errors import JetvlaError, TrainingError
-from episodes.actions import classify_actions
+from train.action_classes import NINE, ClassTable
 from train.augmentation import Augmenter, mirror_actions, mirror_frame, mirror_text
 from train.episode_set import TrainingEpisode
 from train.frame_store import FrameStore
@@ -47,7 +47,7 @@ class Batch:
         actions: float32 [B, W, n, A] in [-1, 1]; masked ones are 0.
         physical: float32 [B, W, n, A] as recorded (mirrored where the view is); masked ones are 0.
         mask: bool [B, W, n], where there is an action.
-        classes: int64 [B, W, n] of the physical actions; an axis that is not learned counts as 0.
+        classes: int64 [B, W, n] of the physical actions, out of a table; an axis that is not learned counts as 0.
     """
 
     frames: NDArray[np.uint8]
@@ -71,6 +71,7 @@ def make_batch(
     augmenter: Augmenter | None,
     *,
     action_range: tuple[float, float],
+    classes: ClassTable = NINE,
     with_frames: bool = True,
 ) -> Batch:
     """The windows as arrays.
@@ -81,6 +82,7 @@ def make_batch(
         episodes: what views count into.
         augmenter: for views with a draw; None where there are none.
         action_range: physical values that become -1 and +1.
+        classes: what actions are labelled as.
         with_frames: False leaves `frames` empty, for cached image tokens.
 
     Raises:
@@ -121,7 +123,7 @@ def make_batch(
         actions=np.where(mask[..., None], normalized, np.float32(0)),
         physical=np.where(mask[..., None], stacked, np.float32(0)),
         mask=mask,
-        classes=np.where(mask, classes_of(stacked, data.actions), 0),
+        classes=np.where(mask, classes.labels(stacked, data.actions), 0),
     )
 
 
@@ -155,15 +157,6 @@ def _instruction(view: View, episodes: Sequence[TrainingEpisode]) -> str:
     return mirror_text(text) if view.mirrored else text
 
 
-def classes_of(actions: NDArray[np.float32], names: Sequence[str]) -> NDArray[np.int64]:
-    """The nine classes of physical actions [..., A], int64 [...]; an axis that `names` lacks counts as 0."""
-    planar = np.zeros((*actions.shape[:-1], 2), np.float32)
-    for column, name in enumerate(("linear_x", "linear_y")):
-        if name in names:
-            planar[..., column] = actions[..., list(names).index(name)]
-    return classify_actions(planar.reshape(-1, 2)).reshape(actions.shape[:-1])
-
-
 def validation_windows(episodes: Sequence[TrainingEpisode], window: int) -> list[MicroBatch]:
     """Every window of every episode as recorded, one micro-batch for each episode."""
     views = [View(index, mirrored=False, draw=None) for index in range(len(episodes))]
@@ -179,7 +172,7 @@ class BatchStream:
     Args:
         plan: micro-batches, of this process.
         workers: processes; 0 prepares each batch when it is asked for.
-        episodes, store, data, augmenter, action_range, with_frames: as for make_batch.
+        episodes, store, data, augmenter, action_range, classes, with_frames: as for make_batch.
     """
 
     def __init__(
@@ -191,6 +184,7 @@ class BatchStream:
         augmenter: Augmenter | None,
         *,
         action_range: tuple[float, float],
+        classes: ClassTable = NINE,
         with_frames: bool = True,
         workers: int = 0,
     ) -> None:
@@ -201,6 +195,7 @@ class BatchStream:
             data=data,
             augmenter=augmenter,
             action_range=action_range,
+            classes=classes,
             with_frames=with_frames,
         )
         self._prepared = _Prepared(plan, make)

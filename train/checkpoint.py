@@ -17,12 +17,17 @@ from transformers import Kosmos2Config
 
 from bundle.errors import BaseWeightsError, CheckpointError, ConfigError
 from bundle.manifest import Packing
+from bundle.prompt_template import UPSTREAM, is_template
+from train.adapter_merge import check_kinds, fold, needs_folding
+from train.adapter_recipe import AdapterRecipe, recipe_of_peft, recipe_of_setup
 from train.base import Base, base_weights, find_base, tensors_sha256
 from train.checkpoint_file import RawCheckpoint, read_raw, write_small
-from train.config import PolicySpec, policy_spec, read_chain
+from train.config import LoraSpec, PolicySpec, policy_spec, read_chain
 from train.facts import TrainingFacts, training_facts
 from train.keys import KeyMap, lora_modules, map_keys
+from train.peft_folder import CONFIG_NAME as ADAPTER_CONFIG
 from train.policy import Conventions, KosmosPolicy
+from train.trained_parts import check_base, check_held
 
 T = TypeVar("T")
 _LISTED = 12
@@ -42,6 +47,8 @@ class LoadedPolicy:
         ignored: raw keys that hold nothing it needs (tied heads, buffers).
         from_base: canonical names taken from the base directory.
         base_sha256: hash of the base directory's weights; None when nothing was taken from it.
+        folded: paths of modules whose adapters were merged on reading, because they are more than W + (alpha / r) B A.
+        remark: a sentence about the base that one should know, or None.
     """
 
     policy: KosmosPolicy
@@ -53,6 +60,13 @@ class LoadedPolicy:
     ignored: tuple[str, ...]
     from_base: tuple[str, ...]
     base_sha256: str | None
+    folded: tuple[str, ...] = ()
+    remark: str | None = None
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """Paths of all modules that the checkpoint has adapters for."""
+        return self.policy.adapted or self.folded
 
     @property
     def facts(self) -> TrainingFacts | None:
@@ -74,15 +88,19 @@ def load(
     config: Path | None = None,
     packing: Packing | Literal["auto"] = "auto",
     x_attn_causal: bool | None = None,
+    prompt_template: str | None = None,
+    pad_prompt_to: int | None = None,
 ) -> LoadedPolicy:
     """Read a checkpoint strictly.
 
     Args:
-        path: Lightning `.ckpt`, `.pt` with `state_dict` or `model_state_dict`, or jetvla's `.safetensors`.
+        path: Lightning `.ckpt`, `.pt` with `state_dict` or `model_state_dict`, jetvla's `.safetensors`, or peft's folder.
         base: Hugging Face Kosmos-2 directory; needed when the checkpoint lacks base weights or the directory cannot be found.
         config: RoboVLMs JSON; by default the one inside the checkpoint, else config.json beside it.
         packing: layout of a row. `auto` is `upstream` for upstream's policies, and an error for the fork's.
         x_attn_causal: whether the resampler was trained causal (transformers 4.52 to 5.0 with sdpa). None assumes not, and says so.
+        prompt_template, pad_prompt_to: text around an instruction and length of every prompt (0 for its own), as stated by the user; None
+            is what the file records, else what the lab's code does with the config.
 
     Raises:
         CheckpointError: unreadable, unsafe, or keys missing, unknown, contradictory, misshapen or not finite.
@@ -94,17 +112,27 @@ def load(
     settings, config_files = _find_config(raw, config)
     spec, facts = policy_spec(settings), training_facts(settings)
     raw = _with_facts(raw, facts)
-    if facts is not None and facts.prompt_template is not None:
-        spec = replace(spec, prompt_template=facts.prompt_template)
+    spec = _with_prompt(spec, facts, prompt_template, pad_prompt_to)
     keys = map_keys(raw.state)
     state = _unaliased(raw, keys)
+    check_kinds(state, origin=path.name)
     located = find_base(path, explicit=base, written=spec.base_path, state=state)
-    adapted = _check_adapters(path, spec, keys, state)
+    setup: dict[str, Any] = settings["train_setup"]
+    recipe = _recipe(raw, spec, setup)
+    folding = recipe is not None and needs_folding(state, recipe)
+    if raw.adapter is not None and recipe is not None:
+        spec = replace(spec, lora=LoraSpec(recipe.r, recipe.alpha))
+    adapted = lora_modules(keys.names) if folding else _check_adapters(path, spec, keys, state)
     conventions = decide_conventions(raw, spec, packing=packing, x_attn_causal=x_attn_causal)
+    if folding:
+        spec = replace(spec, lora=None)
 
-    policy = _empty_policy(spec, located.kosmos, conventions, adapted)
+    policy = _empty_policy(spec, located.kosmos, conventions, () if folding else adapted)
     expected = map_keys(policy.state_dict()).names
     from_base, base_sha256 = _fill_from_base(raw, located, state, expected)
+    check_held(setup, recipe, from_base, layers=located.kosmos.text_config.layers, adapted=adapted, origin=path.name)
+    remark = _check_base(path, located, state, recipe, adapted, from_base)
+    folded = fold(state, recipe, origin=path.name) if recipe is not None and folding else ()
     _check_names(path, state, policy, expected)
     state = {name: tensor.float() for name, tensor in state.items()}
     _check_finite(path, state)
@@ -113,7 +141,69 @@ def load(
     materialize_tables(policy.backbone)
     policy.requires_grad_(False).eval()
     ignored = keys.ignored + raw.not_tensors
-    return LoadedPolicy(policy, raw, located, settings, config_files, state, ignored, from_base, base_sha256)
+    return LoadedPolicy(
+        policy, raw, located, settings, config_files, state, ignored, from_base, base_sha256, folded, remark
+    )
+
+
+def _recipe(raw: RawCheckpoint, spec: PolicySpec, setup: Mapping[str, Any]) -> AdapterRecipe | None:
+    """How the checkpoint's adapters are scaled: by peft's own config where there is one, else by the lab's.
+
+    Raises:
+        ConfigError: both are there and contradict each other.
+    """
+    if raw.adapter is None:
+        return recipe_of_setup(setup) if spec.lora is not None else None
+    recipe = recipe_of_peft(raw.adapter, origin=f"{raw.path.name}/{ADAPTER_CONFIG}")
+    if spec.lora is not None and (spec.lora.r, spec.lora.alpha) != (recipe.r, recipe.alpha):
+        raise ConfigError(
+            f"the training config and peft's config of {raw.path.name} disagree about the adapters",
+            got=f"lora_r {spec.lora.r}, lora_alpha {spec.lora.alpha:g}",
+            expected=f"r {recipe.r}, lora_alpha {recipe.alpha:g}, as {ADAPTER_CONFIG} says",
+            hint="this is the config of another run; pass the right one with --config.",
+        )
+    return recipe
+
+
+def _check_base(
+    path: Path,
+    located: Base,
+    state: Mapping[str, Tensor],
+    recipe: AdapterRecipe | None,
+    adapted: tuple[str, ...],
+    from_base: tuple[str, ...],
+) -> str | None:
+    """Whether file, adapters and base directory belong together; see train.trained_parts.check_base."""
+    if recipe is None or located.folder is None or not any(located.folder.glob("model*.safetensors")):
+        return None
+    origin = base_weights(located.folder)
+    return check_base(state, origin, recipe, adapted, from_base, origin=path.name, folder=located.folder)
+
+
+def _with_prompt(spec: PolicySpec, facts: TrainingFacts | None, template: str | None, pad_to: int | None) -> PolicySpec:
+    """Text and length of prompts: stated by the user, recorded in the file, or by the config - in this order.
+
+    Raises:
+        ConfigError: a template with other braces.
+    """
+    if facts is not None and facts.prompt_template is not None:
+        spec = replace(
+            spec, prompt_template=facts.prompt_template, pad_to=facts.pad_prompt_to, prompt_source="recorded"
+        )
+    if template is not None:
+        if not is_template(template):
+            raise ConfigError(
+                "the prompt template is not usable",
+                got=repr(template),
+                expected="a text with {instruction} in it once (or not at all), and no other braces",
+                hint=f"for example --prompt-template {UPSTREAM!r}",
+            )
+        spec = replace(spec, prompt_template=template, prompt_source="stated by the user")
+    if pad_to is not None:
+        spec = replace(spec, pad_to=pad_to or None)
+        if template is None:
+            spec = replace(spec, prompt_source=f"{spec.prompt_source}; padding stated by the user")
+    return spec
 
 
 def decide_conventions(
@@ -193,7 +283,10 @@ def save_small(loaded: LoadedPolicy, path: Path) -> None:
         "packing": conventions.packing,
         "x_attn_causal": "true" if conventions.x_attn_causal else "false",
     }
-    write_small(path, own, loaded.config, recorded)
+    config = loaded.config
+    if loaded.folded:  # what is written has no adapters any more
+        config = {**config, "train_setup": {**config["train_setup"], "lora_enable": False}}
+    write_small(path, own, config, recorded)
 
 
 def _with_facts(raw: RawCheckpoint, facts: TrainingFacts | None) -> RawCheckpoint:
@@ -210,7 +303,11 @@ def _find_config(raw: RawCheckpoint, explicit: Path | None) -> tuple[dict[str, A
         return read_chain(explicit)
     if raw.config is not None:
         return raw.config, ()
-    beside = [raw.path.with_suffix(".json"), raw.path.parent / "config.json"]
+    beside = (
+        [raw.path / "config.json"]
+        if raw.adapter is not None
+        else [raw.path.with_suffix(".json"), raw.path.parent / "config.json"]
+    )
     for index, candidate in enumerate(beside):
         if candidate.exists():
             settings, files = read_chain(candidate)

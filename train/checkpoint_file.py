@@ -15,7 +15,7 @@ import struct
 import warnings
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from bundle.atomic import write_bytes
 from bundle.errors import CheckpointError
+from train.peft_folder import is_peft_folder, read_adapter, rest_of
 
 SMALL_FORMAT = "jetvla-policy/1"
 _RECORDED = ("base_sha256", "packing", "x_attn_causal")
@@ -42,19 +43,21 @@ class RawCheckpoint:
 
     Attributes:
         path: the file.
-        kind: `lightning`, `torch` or `jetvla`.
+        kind: `lightning`, `torch`, `jetvla`, or `peft` for its folder.
         state: raw key -> tensor, memory-mapped where the format allows.
         config: the training config found inside, or None.
         not_tensors: keys of the state dict whose values are no tensors.
         recorded: facts that only jetvla's own format records (base_sha256, packing, x_attn_causal).
+        adapter: peft's adapter_config.json, where the adapter is a folder of its own.
     """
 
     path: Path
-    kind: Literal["lightning", "torch", "jetvla"]
+    kind: Literal["lightning", "torch", "jetvla", "peft"]
     state: dict[str, Tensor]
     config: dict[str, Any] | None
     not_tensors: tuple[str, ...] = ()
     recorded: dict[str, str] = field(default_factory=dict)
+    adapter: dict[str, Any] | None = None
 
 
 def read_raw(path: Path) -> RawCheckpoint:
@@ -63,6 +66,10 @@ def read_raw(path: Path) -> RawCheckpoint:
     Raises:
         CheckpointError: missing, truncated, a directory, not a checkpoint, or a pickle that wants to run code.
     """
+    if is_peft_folder(path):
+        adapter, tensors = read_adapter(path)
+        rest = read_raw(rest_of(path))
+        return replace(rest, path=path, kind="peft", state={**tensors, **rest.state}, adapter=adapter)
     if path.is_dir():
         raise CheckpointError(
             f"{path} is a directory",

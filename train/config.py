@@ -14,6 +14,9 @@ from typing import Any
 
 from bundle.errors import ConfigError, UnsupportedPolicyError
 from bundle.manifest import HeadKind
+from bundle.prompt_template import UPSTREAM
+from train.robovlms_classes import class_order
+from train.robovlms_prompt import lab_prompt
 
 HEADS: dict[str, HeadKind] = {
     "LSTMDecoder": "actions_gripper",
@@ -23,7 +26,6 @@ HEADS: dict[str, HeadKind] = {
     "NavPolicyRegression": "velocities",
     "NavPolicy": "classes",
 }
-_PROMPT_TEMPLATE = "<grounding>An image of a robot {instruction}"
 _MU_DEFAULT = 255.0
 
 
@@ -57,7 +59,9 @@ class PolicySpec:
     """Everything in a config that decides what the policy computes and means.
 
     `normalized` says that actions were scaled from [minimum, maximum] to [-1, 1] in training; `mu` is set for mu-law companding.
-    `fork` marks the 2-DoF fork's trainer or heads, for which the packing must be asked.
+    `fork` marks the 2-DoF fork's trainer or heads, for which the packing must be asked. `pad_to` is the length of every prompt in tokens,
+    None where it has its own; `prompt_source` says where text and length are from. `classes` are those of a class head in order, empty
+    where they must be stated; `classes_source` says where the order is from, or why there is none.
     """
 
     head: HeadSpec
@@ -72,7 +76,11 @@ class PolicySpec:
     mu: float | None
     fork: bool
     base_path: str | None
-    prompt_template: str
+    prompt_template: str = UPSTREAM
+    pad_to: int | None = None
+    prompt_source: str = ""
+    classes: tuple[str, ...] = ()
+    classes_source: str = ""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -157,6 +165,7 @@ def policy_spec(config: dict[str, Any]) -> PolicySpec:
             expected="norm_min < norm_max",
             hint="pass the config that the run was trained with: --config CONFIG.json",
         )
+    prompt, order = lab_prompt(config), class_order(config, head.outputs)
     return PolicySpec(
         head=head,
         lora=lora,
@@ -170,7 +179,11 @@ def policy_spec(config: dict[str, Any]) -> PolicySpec:
         mu=_mu(config) if config.get("use_mu_law", False) else None,
         fork=head_type != "LSTMDecoder" or str(config.get("trainer_type", "")).startswith("MobileVLA"),
         base_path=base_path if isinstance(base_path, str) else None,
-        prompt_template=_PROMPT_TEMPLATE,
+        prompt_template=prompt.template,
+        pad_to=prompt.pad_to,
+        prompt_source=prompt.source,
+        classes=order.names if classes else (),
+        classes_source=order.source if classes else "",
     )
 
 

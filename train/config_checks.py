@@ -15,11 +15,12 @@ from typing import Any
 import msgspec
 
 from bundle.errors import ConfigError
+from bundle.prompt_template import is_template
 from episodes.reader import CAMERAS
+from train.action_classes import AXES, ClassTable, classes_of_model
 from train.run_config import LoraConfig, RunConfig, SourceConfig
 
 _TABLE = "docs/training-config.md lists every key with its meaning and default."
-_CLASSES = 9
 _ADVICE_CUTOFF = 0.6
 _ELSEWHERE_CUTOFF = 0.75
 
@@ -149,16 +150,21 @@ def _contradicting(problems: list[Problem], origin: str) -> ConfigError:
 
 def _contradictions(config: RunConfig) -> Iterator[Problem]:
     """What one field cannot know of another."""
-    yield from _data_problems(config)
+    try:
+        table = classes_of_model(config.model)
+    except ConfigError as error:
+        yield "model.classes", error.got, str(error.expected)
+        return
+    yield from _data_problems(config, table)
     yield from _model_problems(config)
     if config.base.take == "policy" and config.base.weights is None:
         yield "base.take", '"policy"', "base.weights with it: a checkpoint to take the policy from"
-    yield from _loss_problems(config)
+    yield from _loss_problems(config, len(table))
     if config.augment.stop > 0 and not all(text.strip() for text in config.augment.stop_words or [""]):
         yield "augment.stop_words", list(config.augment.stop_words), "at least one sentence, none of them empty"
 
 
-def _data_problems(config: RunConfig) -> Iterator[Problem]:
+def _data_problems(config: RunConfig, table: ClassTable) -> Iterator[Problem]:
     data = config.data
     if not data.sources or not all(source.files for source in data.sources):
         yield "data.sources", "none", "at least one source with files"
@@ -172,16 +178,18 @@ def _data_problems(config: RunConfig) -> Iterator[Problem]:
         yield "data.action_range", list(data.action_range), "minimum < maximum"
     if not 0 < data.val_share < 1 and data.split is None:
         yield "data.val_share", data.val_share, "more than 0 and less than 1"
-    if not _is_template(data.prompt_template):
-        yield "data.prompt_template", repr(data.prompt_template), "a text with {instruction} in it, and no other braces"
-    if config.model.head == "classes" and data.actions != ("linear_x", "linear_y"):
-        yield "data.actions", ", ".join(data.actions), "linear_x, linear_y: the nine classes are theirs"
+    if not is_template(data.prompt_template):
+        got = repr(data.prompt_template)
+        yield "data.prompt_template", got, "a text with {instruction} in it once (or not at all), and no other braces"
+    if config.model.head == "classes":
+        wanted = AXES if table.hears_turns else AXES[:2]
+        if data.actions != wanted:
+            yield "data.actions", ", ".join(data.actions), f"{', '.join(wanted)}: the classes are theirs"
 
 
-def _loss_problems(config: RunConfig) -> Iterator[Problem]:
+def _loss_problems(config: RunConfig, count: int) -> Iterator[Problem]:
     loss, head = config.loss, config.model.head
     if head == "classes":
-        count = _CLASSES
         if isinstance(loss.class_weights, tuple) and (len(loss.class_weights) != count or not any(loss.class_weights)):
             yield "loss.class_weights", f"{len(loss.class_weights)} weights", f"{count}, not all of them 0"
         if (loss.prior_weight > 0 or loss.class_prior) and (
@@ -208,6 +216,9 @@ def _model_problems(config: RunConfig) -> Iterator[Problem]:
             yield "model.action_dim", model.action_dim, f"at least {least}: the actions and a gripper"
     elif model.action_dim is not None:
         yield "model.action_dim", model.action_dim, f"nothing: the head {model.head} decides it"
+    for key in ("classes", "relabel"):
+        if getattr(model, key) and model.head != "classes":
+            yield f"model.{key}", ", ".join(getattr(model, key)), 'model.head = "classes" with it'
     if model.packing == "fork_overwrite" and model.latent > 1:
         yield "model.latent", model.latent, "1: fork_overwrite is not defined for more"
     if not model.freeze_backbone and model.lora.targets != "none":
@@ -228,8 +239,3 @@ def _target_problems(lora: LoraConfig) -> Iterator[Problem]:
         re.compile(targets)
     except re.error as error:
         yield "model.lora.targets", f"{targets!r}: {error}", "one regular expression, or a list of names"
-
-
-def _is_template(text: str) -> bool:
-    rest = text.replace("{instruction}", "")
-    return rest != text and "{" not in rest and "}" not in rest

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from episodes.actions import CLASS_NAMES
-from train.batches import classes_of
+from train.action_classes import ClassTable
 from train.episode_set import TrainingEpisode
 from train.windows import window_starts
 
@@ -108,11 +107,11 @@ def axis_facts(
     )
 
 
-def class_facts(episodes: Sequence[TrainingEpisode], names: Sequence[str]) -> dict[str, int]:
-    """Frames of each of the nine classes."""
-    classes = np.concatenate([classes_of(episode.actions, names) for episode in episodes])
-    counts = np.bincount(classes, minlength=len(CLASS_NAMES))
-    return {name: int(count) for name, count in zip(CLASS_NAMES, counts, strict=True)}
+def class_facts(episodes: Sequence[TrainingEpisode], names: Sequence[str], table: ClassTable) -> dict[str, int]:
+    """Frames that are labelled as each class."""
+    classes = np.concatenate([table.labels(episode.actions, names) for episode in episodes])
+    counts = np.bincount(classes, minlength=len(table))
+    return {name: int(count) for name, count in zip(table.names, counts, strict=True)}
 
 
 def instruction_facts(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from bundle.errors import ConfigError, EpisodeError
+from bundle.errors import ConfigError, EpisodeError, PromptError
+from bundle.prompt_template import takes_words, words_of
 from episodes.instruction import sides_in_name, sides_in_text
 from episodes.reader import Episode, EpisodeWarning
 from train.episode_files import find_files
@@ -43,7 +44,7 @@ class TrainingEpisode:
         kind: real, sim or augmented.
         schema: v1, v5, v6 or lerobot.
         sha256: of the file's bytes; in a LeRobot dataset, see LeRobotDataset.sha256.
-        instruction: what the robot was told.
+        instruction: what the robot was told: words, without the text around them; empty where the policy takes none.
         actions: float32 [T, A], physical units as recorded; action i belongs to frame i.
         fps: frames per second, or None where the file does not tell.
         action_names: of the A columns.
@@ -90,6 +91,7 @@ def read_episodes(
     progress: Callable[[int, int], None] | None = None,
     *,
     cache: Path | None = None,
+    optional: Collection[str] = (),
 ) -> tuple[TrainingEpisode, ...]:
     """Open and check all episodes of `data.sources`, in the order of `find_files`. Reads no image.
 
@@ -97,6 +99,7 @@ def read_episodes(
         root: where relative paths start.
         progress: called with (files hashed, files in all); hashing is what takes time.
         cache: folder that remembers hashes between runs.
+        optional: axes that count as 0 in files without them.
 
     Raises:
         ConfigError: see find_files; schemas are mixed within a source, or frame rates between files.
@@ -108,7 +111,7 @@ def read_episodes(
     recordings = Recordings(data.cameras)
     for path, source in found:
         try:
-            read.append(_read(path, source, data, recordings))
+            read.append(_read(path, source, data, optional, recordings))
         except EpisodeError as error:
             bad.append(error)
     if bad:
@@ -137,15 +140,17 @@ def _is_wanted(episode: TrainingEpisode, source: SourceConfig) -> bool:
     return not (source.curved and is_straight(episode.actions, episode.action_names))
 
 
-def _read(path: Path, source: SourceConfig, data: DataConfig, recordings: Recordings) -> tuple[TrainingEpisode, bool]:
+def _read(
+    path: Path, source: SourceConfig, data: DataConfig, optional: Collection[str], recordings: Recordings
+) -> tuple[TrainingEpisode, bool]:
     """The episode without its hash, and whether its instruction was taken from the file name."""
     names = data.actions
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", EpisodeWarning)  # _warn says it for all files at once
         episode = recordings.open(path, schema=source.schema)
     with episode:
-        instruction, assumed = _instruction(episode, source)
-        missing = [name for name in names if name not in episode.action_names]
+        instruction, assumed = _instruction(episode, source, data.prompt_template)
+        missing = [name for name in names if name not in (*episode.action_names, *optional)]
         if missing:
             raise EpisodeError(
                 f"{path} has no action {', '.join(missing)}",
@@ -160,8 +165,10 @@ def _read(path: Path, source: SourceConfig, data: DataConfig, recordings: Record
                 expected=f"at least {_FEWEST_FRAMES}",
                 hint="leave it out: there is no movement in it to learn.",
             )
-        columns = [episode.action_names.index(name) for name in names]
-        actions = np.ascontiguousarray(episode.actions[:, columns])
+        actions = np.zeros((len(episode), len(names)), np.float32)
+        for column, name in enumerate(names):
+            if name in episode.action_names:
+                actions[:, column] = episode.actions[:, episode.action_names.index(name)]
         return TrainingEpisode(
             path,
             source.kind,
@@ -175,8 +182,23 @@ def _read(path: Path, source: SourceConfig, data: DataConfig, recordings: Record
         ), assumed
 
 
-def _instruction(episode: Episode, source: SourceConfig) -> tuple[str, bool]:
-    """Stored text, else the source's, else what the file name suggests."""
+def _instruction(episode: Episode, source: SourceConfig, template: str) -> tuple[str, bool]:
+    """Stored text, else the source's, else what the file name suggests; nothing for a policy without words."""
+    if not takes_words(template):
+        return "", False
+    text, assumed = _stored(episode, source)
+    try:
+        return words_of(template, text).strip(), assumed
+    except PromptError as error:
+        raise EpisodeError(
+            f"{episode.path}: {error.what}",
+            got=error.got,
+            expected=error.expected,
+            hint="set data.prompt_template to the text that the stored instructions carry, or store words alone.",
+        ) from None
+
+
+def _stored(episode: Episode, source: SourceConfig) -> tuple[str, bool]:
     given = (source.instruction or "").strip()
     if given and episode.instruction_source != "stored":
         return given, False

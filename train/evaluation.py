@@ -19,8 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundle.errors import BackendError, ConfigError, EpisodeError
+from bundle.prompt_template import told
+from episodes.actions import CLASS_NAMES
 from episodes.reader import Episode, EpisodeWarning, open_episode
 from episodes.sources import find_sources
+from train.action_classes import ClassTable, classes_of_action
 from train.augmentation import other_words
 from train.metrics import Estimate, Measures, Sums, episode_sums, has_directions, measure
 from train.predictors import Predictor
@@ -110,6 +113,7 @@ class Evaluation:
             if has_directions(self.axes)
             else None,
             "directions": found.directions.tolist(),
+            "direction_names": list(found.names),
             "sides": found.sides.tolist(),
         }
 
@@ -167,17 +171,18 @@ def evaluate(
     """
     played, other = [], []
     axes: tuple[str, ...] | None = None
+    classes = classes_of_action(predictor.action) if predictor.action.head == "classes" else None
     for path in paths:
         with _opened(path) as episode:
             episode.require_cameras(predictor.cameras)
             predictor.check_rate(episode.fps)
             common = _common_axes(episode, predictor, axes)
             axes = common
-            told = _told(episode, instruction)
-            played.append(_play(predictor, episode, told, common))
+            said = _told(episode, instruction, predictor.template)
+            played.append(_play(predictor, episode, said, common, classes))
             advance()
             if swap_words:
-                other.append(_play(predictor, episode, other_words(told), common))
+                other.append(_play(predictor, episode, other_words(said), common, classes))
                 advance()
     assert axes is not None, "at least one episode"
     groups: dict[str, list[Played]] = {}
@@ -188,8 +193,8 @@ def evaluate(
         axes=axes,
         units=tuple(predictor.action.units[predictor.action.names.index(axis)] for axis in axes),
         episodes=tuple(played),
-        measures=_measures(played),
-        by_instruction={text: _measures(group) for text, group in sorted(groups.items())},
+        measures=_measures(played, classes),
+        by_instruction={text: _measures(group, classes) for text, group in sorted(groups.items())},
         horizon_rmse=_horizon(played),
         swapped=_swapped(played, other) if swap_words else None,
     )
@@ -202,7 +207,11 @@ def _opened(path: Path) -> Episode:
 
 
 def _common_axes(episode: Episode, predictor: Predictor, before: tuple[str, ...] | None) -> tuple[str, ...]:
-    common = tuple(name for name in predictor.action.names if name in episode.action_names)
+    # A class head's recordings may lack angular_z: they do not turn, as for the loader that it was trained with.
+    recorded = (*episode.action_names, *(("angular_z",) if predictor.action.head == "classes" else ()))
+    common = tuple(name for name in predictor.action.names if name in recorded)
+    if not set(common) & set(episode.action_names):
+        common = ()
     if not common or (before is not None and common != before):
         raise EpisodeError(
             f"{episode.path} has other axes than " + ("the policy" if not common else "the episodes before it"),
@@ -213,22 +222,26 @@ def _common_axes(episode: Episode, predictor: Predictor, before: tuple[str, ...]
     return common
 
 
-def _told(episode: Episode, instruction: str | None) -> str:
-    told = instruction or episode.instruction
-    if told is None:
+def _told(episode: Episode, instruction: str | None, template: str) -> str:
+    said = told(template, instruction, episode.instruction)
+    if said is None:
         raise EpisodeError(
             f"{episode.path} has no instruction",
             expected="one stored, or left or right in the file name",
             hint="pass --instruction '...'.",
         )
-    return told
+    return said
 
 
-def _play(predictor: Predictor, episode: Episode, told: str, axes: tuple[str, ...]) -> Played:
+def _play(
+    predictor: Predictor, episode: Episode, said: str, axes: tuple[str, ...], classes: ClassTable | None
+) -> Played:
     ours = [predictor.action.names.index(axis) for axis in axes]
-    theirs = [episode.action_names.index(axis) for axis in axes]
-    recorded = episode.actions[:, theirs]
-    predictor.reset(told)
+    recorded = np.zeros((len(episode), len(axes)), np.float32)
+    for column, axis in enumerate(axes):
+        if axis in episode.action_names:
+            recorded[:, column] = episode.actions[:, episode.action_names.index(axis)]
+    predictor.reset(said)
     chunks = []
     for index in range(len(episode)):
         chunk = predictor.predict(episode.views(index, predictor.cameras))[:, ours]
@@ -248,11 +261,12 @@ def _play(predictor: Predictor, episode: Episode, told: str, axes: tuple[str, ..
         ]
     )
     now = stacked[:, 0]
-    return Played(episode.path.name, told, now, recorded, horizon, episode_sums(now, recorded, axes))
+    return Played(episode.path.name, said, now, recorded, horizon, episode_sums(now, recorded, axes, classes=classes))
 
 
-def _measures(played: Sequence[Played]) -> Measures:
-    return measure([each.sums for each in played], [each.recorded for each in played])
+def _measures(played: Sequence[Played], classes: ClassTable | None) -> Measures:
+    names = CLASS_NAMES if classes is None else classes.names
+    return measure([each.sums for each in played], [each.recorded for each in played], names=names)
 
 
 def _horizon(played: Sequence[Played]) -> NDArray[np.float64]:

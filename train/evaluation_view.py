@@ -16,6 +16,7 @@ from rich.text import Text
 
 from bundle.atomic import write_bytes
 from bundle.errors import ConfigError
+from episodes.actions import CLASS_NAMES
 from train.evaluation import Evaluation
 from train.metrics import SIDES, has_directions
 
@@ -43,6 +44,9 @@ def _parts(found: Evaluation) -> Iterator[RenderableType]:
     if measures.sides[[0, 2]].any():
         yield Text()
         yield _sides(found)
+    if measures.names != CLASS_NAMES:
+        yield Text()
+        yield _classes(found)
     if len(found.by_instruction) > 1:
         yield Text()
         yield _instructions(found)
@@ -78,6 +82,16 @@ def _sides(found: Evaluation) -> Table:
     table = _table("recorded", *(f"predicted {side}" for side in SIDES))
     for side, row in zip(SIDES, found.measures.sides, strict=True):
         table.add_row(side, *map(str, row))
+    return table
+
+
+def _classes(found: Evaluation) -> Table:
+    """A class head's confusion; classes that neither were recorded nor predicted are left out."""
+    counts, names = found.measures.directions, found.measures.names
+    shown = np.flatnonzero(counts.any(axis=0) | counts.any(axis=1))
+    table = _table("recorded", *(f"predicted {names[index]}" for index in shown))
+    for row in shown:
+        table.add_row(names[row], *(str(counts[row, column]) for column in shown))
     return table
 
 

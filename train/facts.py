@@ -29,6 +29,8 @@ class TrainingFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         fps: frames per second of the episodes, or None if no file told; the window means nothing at another cadence.
         base_sha256: hash of the base directory's weights.
         prompt_template: text around the instruction; None in files that do not say, which have the usual one.
+        pad_prompt_to: tokens that every prompt was padded to; None for its own length.
+        classes: of a class head, in order, each as `name=vx,vy[,wz]`; None in files that do not say, and for other heads.
     """
 
     packing: Packing
@@ -41,6 +43,8 @@ class TrainingFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     fps: float | None
     base_sha256: str
     prompt_template: str | None = None
+    pad_prompt_to: int | None = None
+    classes: tuple[str, ...] | None = None
 
 
 def training_facts(config: Mapping[str, Any]) -> TrainingFacts | None:

@@ -97,15 +97,22 @@ class TrainingForward(nn.Module):
         """Features of frames that share one instruction."""
         policy = self.policy
         if policy.conventions.packing != "upstream":
-            ids = prompt.expand(len(tokens), -1)
-            return policy.features(tokens, ids, torch.ones_like(ids))
+            ids, mask = policy.padded(prompt)
+            return policy.features(tokens, ids.expand(len(tokens), -1), mask.expand(len(tokens), -1))
         text = policy.backbone.text_model.model
         latent = policy.spec.head.latent
-        # The text is embedded once for all frames; `</s>`, the last id, stands behind the action token and is left out.
-        words = text.embed_tokens(prompt[:-1]).expand(len(tokens), -1, -1)
+        # The text is embedded once for all frames. The last id stands behind the action token and is left out: `</s>`, or padding, which
+        # leaves `</s>` in front of it.
+        length = policy.spec.pad_to or len(prompt)
+        words = text.embed_tokens(prompt[: length - 1]).expand(len(tokens), -1, -1)
         action = policy.action_token.expand(len(tokens), latent, -1)
         rows = torch.cat([words[:, :1], tokens.to(words.dtype), words[:, 1:], action], dim=1)
-        hidden = text.forward_embedding(None, inputs_embeds=rows)
+        # Padding is masked, so it is not there; what stays keeps its position, and the action token's is behind all of it.
+        slots = torch.arange(rows.shape[1], device=rows.device)
+        slots[-latent:] += tokens.shape[1] + length - 1 + latent - rows.shape[1]
+        first = text.embed_positions.padding_idx + 1
+        positions = (first + slots).repeat(len(rows), 1)
+        hidden = text.forward_embedding(None, inputs_embeds=rows, position_ids=positions)
         hidden = functional.dropout(hidden, p=text.dropout, training=text.training)  # the second of two, as published
         *layers, last = text.layers
         for layer in layers:
@@ -168,9 +175,9 @@ def check_forward(forward: TrainingForward, pixels: Tensor, prompt: Tensor) -> f
     modes = [(module, module.training) for module in policy.modules()]
     policy.eval()
     try:
-        ids = prompt.unsqueeze(0)
+        ids, mask = (row.unsqueeze(0) for row in policy.padded(prompt))
         tokens = image_tokens(policy, pixels[:1])
-        reference = policy.features(tokens, ids, torch.ones_like(ids))
+        reference = policy.features(tokens, ids, mask)
         zero = torch.zeros(1, dtype=torch.int64, device=pixels.device)
         fast = forward.features(FrameBatch(None, tokens, (prompt,), zero, zero.unsqueeze(0)))
         error = float((fast - reference).abs().max() / reference.abs().max().clamp_min(1e-6))

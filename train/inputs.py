@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from train.action_classes import NINE, ClassTable
 from train.augmentation import Augmenter, mirror_text, other_words
 from train.batches import Batch, BatchStream, make_batch
 from train.episode_set import TrainingEpisode
@@ -49,6 +50,7 @@ class InputSource:
         prompts: instruction -> token ids, of all that `instructions_of` gives.
         tokens: cached image tokens; None computes them from pixels.
         columns: width of the head's chunk step.
+        classes: what actions are labelled as.
     """
 
     episodes: tuple[TrainingEpisode, ...]
@@ -60,6 +62,7 @@ class InputSource:
     tokens: TokenCache | None
     columns: int
     device: torch.device
+    classes: ClassTable = NINE
 
     def batch(self, windows: Sequence[Window], *, frames: bool = True) -> Batch:
         """The windows as numpy arrays; without `frames` only targets are made."""
@@ -70,6 +73,7 @@ class InputSource:
             self.data,
             self.augmenter,
             action_range=self.action_range,
+            classes=self.classes,
             with_frames=frames and self.tokens is None,
         )
 
@@ -82,6 +86,7 @@ class InputSource:
             self.data,
             self.augmenter,
             action_range=self.action_range,
+            classes=self.classes,
             with_frames=self.tokens is None,
             workers=workers,
         )

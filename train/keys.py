@@ -1,8 +1,9 @@
 """Names of parameters: from the many layouts of lab checkpoints to one canonical name each.
 
-Lightning prefixes `model.`, DeepSpeed `_forward_module.`, DataParallel `module.`; with LoRA the whole backbone appears a second time as
-`model.model.base_model.model.*`; peft since 0.6 wraps adapted layers in `base_layer`. Canonical names are `action_token`,
-`act_head.*` and `backbone.*` as Hugging Face names Kosmos-2, with `lora_A.weight` / `lora_B.weight` beside `weight` and `bias`.
+Lightning prefixes `model.`; DeepSpeed, DataParallel, FSDP, torch.compile and activation checkpointing put a word of their own into paths;
+with LoRA the whole backbone appears a second time as `model.model.base_model.model.*`; peft since 0.6 wraps adapted layers in
+`base_layer`, and its own files begin with `base_model.model.`. Canonical names are `action_token`, `act_head.*` and `backbone.*` as Hugging
+Face names Kosmos-2, with the parts of adapters (`lora_A.weight`, `lora_B.weight`, `lora_magnitude_vector`, ...) beside `weight` and `bias`.
 """
 
 from __future__ import annotations
@@ -11,9 +12,15 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-_WRAPPERS = ("_forward_module.", "module.")
-_ALIAS = "model.base_model.model."
-_ADAPTER = re.compile(r"\.(lora_[AB])\.([^.]+)\.weight$")
+# What torch.compile, FSDP, activation checkpointing, DeepSpeed and DataParallel put into the path of what they wrap.
+_WRAPPERS = re.compile(
+    r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|module)\."
+)
+_ALIASES = ("model.base_model.model.", "base_model.model.")
+_ADAPTER = re.compile(r"\.(lora_[AB])\.([^.]+)\.(weight|bias)$")
+_UNNAMED = re.compile(r"\.lora_magnitude_vector\.weight$")
+_LONE = re.compile(r"\.(lora_embedding_[AB]|lora_magnitude_vector)\.([^.]+)(?:\.weight)?$")
+_SAVED = re.compile(r"\.modules_to_save\.([^.]+)\.")
 _BACKBONE_ROOTS = ("text_model.", "vision_model.", "image_to_text_projection.")
 
 # Not weights of the policy: recomputed tables, the unused language-model head (tied to the embedding), training-loss buffers, the
@@ -23,6 +30,7 @@ _IGNORED = (
     re.compile(r"\.embed_positions\.weights$"),
     re.compile(r"^lm_head\."),
     re.compile(r"^backbone\.text_model\.lm_head\.weight$"),
+    re.compile(r"\.original_module\."),  # what a module was before `modules_to_save` trained it
     re.compile(r"^clip_norm_head\."),
     re.compile(r"^act_head\.(class_weights_tensor|target_class_prior_tensor)$"),
 )
@@ -45,17 +53,18 @@ class KeyMap:
 
 def canonical(raw: str) -> str:
     """The canonical name of one raw key (also for base weights, which have no `backbone.` prefix)."""
-    name = raw
-    while name.startswith(_WRAPPERS):
-        name = name.split(".", 1)[1]
-    if name.startswith("model.") and not name.startswith(_ALIAS):
+    name = _WRAPPERS.sub("", raw)
+    if name.startswith("model.") and not name.startswith(_ALIASES):
         name = name.removeprefix("model.")
-    if name.startswith(_ALIAS):
-        name = "backbone." + name.removeprefix(_ALIAS)
+    for alias in _ALIASES:
+        if name.startswith(alias):
+            name = "backbone." + name.removeprefix(alias)
     if name.startswith(_BACKBONE_ROOTS):
         name = "backbone." + name
     name = name.replace(".base_layer.", ".")
-    return _ADAPTER.sub(r".\1.weight", name)
+    name = _SAVED.sub(".", name)
+    name = _ADAPTER.sub(r".\1.\3", name)
+    return _LONE.sub(r".\1", _UNNAMED.sub(".lora_magnitude_vector", name))
 
 
 def map_keys(raw_keys: Iterable[str]) -> KeyMap:
@@ -64,14 +73,20 @@ def map_keys(raw_keys: Iterable[str]) -> KeyMap:
     ignored: list[str] = []
     adapters: set[str] = set()
     for raw in raw_keys:
-        if match := _ADAPTER.search(raw):
-            adapters.add(match.group(2))
+        adapters |= _adapter_names(raw)
         name = canonical(raw)
         if any(pattern.search(name) for pattern in _IGNORED):
             ignored.append(raw)
         else:
             names.setdefault(name, []).append(raw)
     return KeyMap({name: tuple(keys) for name, keys in names.items()}, tuple(ignored), frozenset(adapters))
+
+
+def _adapter_names(raw: str) -> set[str]:
+    """The name of the adapter that a raw key belongs to, if it says one."""
+    if match := _ADAPTER.search(raw) or (None if _UNNAMED.search(raw) else _LONE.search(raw)):
+        return {match[2]}
+    return {match[1]} if (match := _SAVED.search(raw)) else set()
 
 
 def lora_modules(names: Iterable[str]) -> tuple[str, ...]:

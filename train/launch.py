@@ -70,7 +70,7 @@ def launch(
         JetvlaError: what is wrong; the run's ledger says so too if it had begun.
     """
     loaded = load_run_config(path, overrides)
-    accelerator = make_accelerator(loaded.config)
+    accelerator = make_accelerator(loaded.config, planned=dry_run)
     first = accelerator.is_main_process
     shown = console if first else Console(quiet=True)
     bar = _bars(shown)
@@ -112,14 +112,20 @@ def launch(
     return Launch(plan, gathered.folder, outcome)
 
 
-def make_accelerator(config: RunConfig) -> Accelerator:
+def make_accelerator(config: RunConfig, *, planned: bool = False) -> Accelerator:
     """Devices, processes and precision of this run.
+
+    Args:
+        planned: nothing is trained here, so a precision that this machine cannot do is no error; train/preflight_checks.py warns of it.
 
     Raises:
         ConfigError: the machine cannot do the precision, or micro-batches cannot be dealt evenly.
     """
     gpu = torch.cuda.is_available()
-    if config.loop.precision == "fp16" and not gpu:
+    precision = config.loop.precision
+    if precision == "fp16" and not gpu and planned:
+        precision = "fp32"
+    if precision == "fp16" and not gpu:
         raise ConfigError(
             "loop.precision fp16 needs a GPU",
             got="no CUDA device",
@@ -128,7 +134,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         )
     names = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
     accelerator = Accelerator(
-        mixed_precision=names[config.loop.precision],
+        mixed_precision=names[precision],
         cpu=not gpu,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=_LONGEST_WAIT)],
     )

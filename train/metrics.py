@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from episodes.actions import CLASS_NAMES, CLASS_THRESHOLD, classify_actions
+from train.action_classes import ClassTable
 
 SIDES = ("left", "none", "right")
 RESAMPLES = 2000
@@ -42,7 +43,8 @@ class Sums:
         frames: T.
         squares, absolutes: float64 [A], summed over frames.
         signs: int64 [A], frames in which an axis goes the right way: up, down, or neither.
-        directions: int64 [9, 9], recorded by predicted; all zeros without a linear axis, which have no directions.
+        directions: int64 [C, C], recorded by predicted: a class head's own classes, else nine directions; all zeros without a linear axis,
+            which have no directions.
         sides: int64 [3, 3], recorded by predicted.
     """
 
@@ -63,9 +65,10 @@ class Measures:
         rmse, mae: per axis, in its unit.
         constant_rmse: per axis, of the best constant prediction: the recorded standard deviation.
         sign_accuracy: per axis, share of frames in which it goes the right way: up, down, or neither.
-        direction_accuracy: share of frames with the right one of nine directions; NaN without a linear axis.
+        direction_accuracy: share of frames with the right class, or one of nine directions; NaN without a linear axis.
         majority: the commonest recorded direction and its share: what naming it always would score; NaN without a linear axis.
         directions, sides: summed confusion matrices, recorded by predicted.
+        names: of the rows and columns of `directions`.
     """
 
     frames: int
@@ -78,6 +81,7 @@ class Measures:
     majority: tuple[str, float]
     directions: NDArray[np.int64]
     sides: NDArray[np.int64]
+    names: tuple[str, ...] = CLASS_NAMES
 
 
 def episode_sums(
@@ -85,6 +89,7 @@ def episode_sums(
     recorded: NDArray[np.float32],
     axes: Sequence[str],
     *,
+    classes: ClassTable | None = None,
     threshold: float = CLASS_THRESHOLD,
 ) -> Sums:
     """What an episode adds.
@@ -92,24 +97,36 @@ def episode_sums(
     Args:
         predicted, recorded: [T, A], physical units.
         axes: names of the columns; directions are of linear_x and linear_y, one that is missing counting as 0.
+        classes: of a class head, instead of the nine directions.
         threshold: up to which a component of a direction does not count, in the axes' units.
     """
     error = predicted.astype(np.float64) - recorded
     signs = (_signs(predicted, threshold) == _signs(recorded, threshold)).sum(axis=0)
-    confusion = np.zeros((len(CLASS_NAMES), len(CLASS_NAMES)), np.int64)
+    count = len(CLASS_NAMES) if classes is None else len(classes)
+    confusion = np.zeros((count, count), np.int64)
     if has_directions(axes):
-        pair = [classify_actions(planar(values, axes), threshold) for values in (recorded, predicted)]
+        pair = [
+            classify_actions(planar(values, axes), threshold) if classes is None else classes.labels(values, axes)
+            for values in (recorded, predicted)
+        ]
         np.add.at(confusion, tuple(pair), 1)
     lateral = [planar(values, axes)[:, 1] for values in (predicted, recorded)]
     sides = left_right_confusion(*lateral, threshold=threshold)
     return Sums(len(error), (error**2).sum(axis=0), np.abs(error).sum(axis=0), signs, confusion, sides)
 
 
-def measure(episodes: Sequence[Sums], recorded: Sequence[NDArray[np.float32]], *, seed: int = 0) -> Measures:
+def measure(
+    episodes: Sequence[Sums],
+    recorded: Sequence[NDArray[np.float32]],
+    *,
+    names: tuple[str, ...] = CLASS_NAMES,
+    seed: int = 0,
+) -> Measures:
     """Sums of episodes (at least one) to measures.
 
     Args:
         recorded: [T, A] of each, for the constant baseline.
+        names: of the directions.
         seed: of the resampling.
     """
     frames = np.array([each.frames for each in episodes], np.float64)
@@ -129,9 +146,10 @@ def measure(episodes: Sequence[Sums], recorded: Sequence[NDArray[np.float32]], *
         constant_rmse=tuple(float(value) for value in np.concatenate(recorded).astype(np.float64).std(axis=0)),
         sign_accuracy=tuple(_estimate(column, frames, weights) for column in signs.T),
         direction_accuracy=_estimate(correct, frames, weights) if classified else Estimate(math.nan),
-        majority=(CLASS_NAMES[commonest], float(by_class[commonest] / classified) if classified else math.nan),
+        majority=(names[commonest], float(by_class[commonest] / classified) if classified else math.nan),
         directions=directions,
         sides=np.sum([each.sides for each in episodes], axis=0),
+        names=names,
     )
 
 

@@ -20,6 +20,7 @@ from torch.nn import functional
 from transformers import Kosmos2Config
 from transformers.models.kosmos2.modeling_kosmos2 import Kosmos2Model
 
+from bundle.errors import PromptError
 from bundle.manifest import Packing
 from bundle.recording import ReferenceStep
 from train.action_head import ActionHead
@@ -88,6 +89,28 @@ class KosmosPolicy(nn.Module):
             mask = torch.full((latents.shape[1], keys.shape[1]), torch.finfo(x.dtype).min, device=x.device).triu(1)
         tokens: Tensor = projection.x_attn(hidden_states=latents, encoder_hidden_states=keys, attention_mask=mask)[0]
         return tokens
+
+    def padded(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """A prompt [L] as long as the policy's prompts are, and its mask: padding on the right, masked.
+
+        Masking by length, not by id: a tokenizer may give the padding's id for a word.
+
+        Raises:
+            PromptError: it is longer.
+        """
+        length = self.spec.pad_to or len(token_ids)
+        if len(token_ids) > length:
+            raise PromptError(
+                "an instruction is longer than this policy's prompts",
+                got=f"{len(token_ids)} tokens",
+                expected=f"at most {length}",
+                hint="shorten it: the policy was trained on prompts padded to that length.",
+            )
+        ids = token_ids.new_full((length,), self.kosmos.text_config.pad_token_id)
+        ids[: len(token_ids)] = token_ids
+        mask = torch.zeros_like(ids)
+        mask[: len(token_ids)] = 1
+        return ids, mask
 
     def rows(self, images: Tensor, token_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """The decoder's unscaled input embeddings [N, S, D] and attention mask [N, S], slots in the reference's order.

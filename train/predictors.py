@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from bundle.errors import ConfigError
@@ -22,6 +23,7 @@ from episodes.reader import CAMERAS
 from episodes.resize import squash
 from runtime.actions import denormalize
 from runtime.policy import Policy
+from train.action_classes import classes_of_action
 from train.action_meaning import action_of
 from train.checkpoint import LoadedPolicy, load
 from train.policy import CLIP_MEAN, CLIP_STD, ReferenceStream
@@ -46,8 +48,10 @@ class Stated:
         pixel_norm: CLIP's mean and std, or none.
         action_range: physical values of -1 and +1.
         action_names: columns of the action.
-        classes: names of a class head's classes in order.
-        class_speed: linear speed of a class head's commands, in m/s.
+        classes: a class head's classes in order, names or `name=vx,vy[,wz]`.
+        class_speed: linear speed of classes without numbers, in m/s.
+        prompt_template: text around an instruction.
+        pad_prompt_to: tokens that every prompt is padded to; 0 leaves its length.
     """
 
     base: Path | None = None
@@ -61,6 +65,8 @@ class Stated:
     action_names: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
     class_speed: float | None = None
+    prompt_template: str | None = None
+    pad_prompt_to: int | None = None
 
 
 class Predictor(Protocol):
@@ -68,11 +74,13 @@ class Predictor(Protocol):
 
     Attributes:
         action: names, units and scaling of its commands.
+        template: text around an instruction.
         description: what it is, for people.
         cameras: that it sees, in its order.
     """
 
     action: Action
+    template: str
     description: str
     cameras: tuple[str, ...]
 
@@ -113,7 +121,7 @@ class BundlePredictor:
         manifest = self._policy.manifest
         self.cameras: tuple[str, ...] = manifest.preprocessing.cameras
         self._fps = manifest.fps
-        self.action = manifest.action
+        self.action, self.template = manifest.action, manifest.prompt.template
         self.description = f"bundle {path.name}, {manifest.precision} on {self._policy.backend}"
 
     def reset(self, instruction: str) -> None:
@@ -132,7 +140,13 @@ class CheckpointPredictor:
 
     def __init__(self, path: Path, stated: Stated) -> None:
         loaded = load(
-            path, base=stated.base, config=stated.config, packing=stated.packing, x_attn_causal=stated.x_attn_causal
+            path,
+            base=stated.base,
+            config=stated.config,
+            packing=stated.packing,
+            x_attn_causal=stated.x_attn_causal,
+            prompt_template=stated.prompt_template,
+            pad_prompt_to=stated.pad_prompt_to,
         )
         facts, spec = loaded.facts, loaded.policy.spec
         self.cameras: tuple[str, ...] = CAMERAS if spec.hand_camera else ("static",)
@@ -161,15 +175,17 @@ class CheckpointPredictor:
             class_speed=stated.class_speed,
         )
         conventions = loaded.policy.conventions
+        self.template = spec.prompt_template
         self.description = (
             f"checkpoint {path.name}, fp32 in torch, packing {conventions.packing} ({conventions.packing_source}), "
+            f"prompt {self.template!r}{f' padded to {spec.pad_to}' if spec.pad_to else ''} ({spec.prompt_source}), "
             f"resize {self._resize} ({resize_source}), pixel norm {norm} ({norm_source}), {_scale(self.action, stated, otherwise)}"
         )
 
     def reset(self, instruction: str) -> None:
-        ids = np.array(tokenize(instruction, self._loaded.policy.spec.prompt_template, self._tokenizer))
         policy = self._loaded.policy
-        self._stream = ReferenceStream(policy, ids, np.ones_like(ids), mean=self._mean, std=self._std)
+        ids, mask = policy.padded(torch.tensor(tokenize(instruction, self.template, self._tokenizer)))
+        self._stream = ReferenceStream(policy, ids.numpy(), mask.numpy(), mean=self._mean, std=self._std)
 
     def predict(self, frames: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
         assert self._stream is not None, "reset comes first"
@@ -193,8 +209,7 @@ def _check_rate(trained: float | None, fps: float | None) -> None:
 def _scale(action: Action, stated: Stated, otherwise: str) -> str:
     """What turns the head's numbers into commands, and who says so; a range that is not stated stands in the training config."""
     if action.head == "classes":
-        speed = max(abs(part) for row in action.class_values for part in row)
-        return f"class speed {speed:g} ({otherwise if stated.class_speed is None else 'stated'})"
+        return f"classes {' '.join(classes_of_action(action).spelled())} ({action.classes_source})"
     if not action.normalized:
         return "actions not scaled (config)"
     source = "config" if stated.action_range is None else "stated"

@@ -16,6 +16,7 @@ import psutil
 import torch
 from tokenizers import Tokenizer
 
+from train.action_classes import classes_of_model
 from train.base import read_base_config
 from train.data_facts import (
     AxisFacts,
@@ -170,7 +171,7 @@ def _plan(loaded: LoadedConfig, gathered: Gathered, device: Device, processes: i
         val=part_facts(val, window=data.window),
         action_range=gathered.action_range,
         axes=axis_facts(train, data.actions, gathered.action_range),
-        classes=class_facts(train, data.actions),
+        classes=class_facts(train, data.actions, classes_of_model(config.model)),
         instructions=instruction_facts(train, val, prompts, _unknown_token(gathered.base)),
         steps_per_epoch=per_epoch,
         steps=gathered.steps,
@@ -178,7 +179,11 @@ def _plan(loaded: LoadedConfig, gathered: Gathered, device: Device, processes: i
         device=device,
         processes=processes,
         memory=estimate_memory(
-            kosmos, config, device=device, prompt_tokens=max(map(len, prompts.values())), counts=counts
+            kosmos,
+            config,
+            device=device,
+            prompt_tokens=max(data.pad_prompt_to or 0, *map(len, prompts.values())),
+            counts=counts,
         ),
         memory_free=_free_memory(device),
         positions=kosmos.text_config.max_position_embeddings,

@@ -156,6 +156,15 @@ def check_memory(plan: Plan, config: RunConfig) -> Iterator[Problem]:
         )
 
 
+def check_device(plan: Plan, config: RunConfig) -> Iterator[Problem]:
+    """The machine that plans is one that can train."""
+    if config.loop.precision == "fp16" and plan.device == "cpu":
+        yield _warning(
+            "loop.precision fp16 needs a GPU, and this machine has none: here is what the run takes, but it cannot start",
+            "train on a machine with a GPU, or --set loop.precision=bf16.",
+        )
+
+
 def check_disk(plan: Plan, config: RunConfig) -> Iterator[Problem]:
     """What will be written fits."""
     for disk in plan.disk:
@@ -193,6 +202,7 @@ CHECKS: tuple[Callable[[Plan, RunConfig], Iterator[Problem]], ...] = (
     check_lengths,
     check_steps,
     check_memory,
+    check_device,
     check_disk,
     check_earlier_run,
     check_notes,

@@ -15,6 +15,7 @@ from typing import Any
 from bundle.errors import ConfigError, UnsupportedPolicyError
 from train.config import PolicySpec, policy_spec
 from train.robovlms_data import augment_settings, box_annotations, data_settings, is_h5
+from train.robovlms_heads import class_settings, prompt_settings
 from train.robovlms_keys import LabConfig, Notes
 from train.robovlms_lora import lora_settings
 from train.robovlms_weights import weights_settings
@@ -26,7 +27,6 @@ _PRECISIONS = {
     **dict.fromkeys(("16", "16-mixed", "16-true", "fp16"), "fp16"),
     **dict.fromkeys(("bf16", "bf16-mixed", "bf16-true"), "bf16"),
 }
-_CLASSES = 9
 _RLDS_DATASETS = ("OpenVLADataset",)
 _PATIENCE = 3  # validations, of the fork
 
@@ -50,11 +50,12 @@ def from_robovlms(values: Mapping[str, Any], *, origin: str) -> tuple[dict[str, 
     lab = LabConfig(values, origin)
     spec = _policy(values, lab, origin)
     head = spec.head.kind
+    words, classes = prompt_settings(lab, values), class_settings(lab, spec, values)
     settings = {
         "name": _name(lab),
         "base": _base(lab),
-        "data": data_settings(lab, spec),
-        "model": _model(lab, spec),
+        "data": data_settings(lab, spec, words, classes),
+        "model": _model(lab, spec) | classes.settings,
         "augment": augment_settings(lab),
         "loss": _loss(lab, head),
         "optimizer": _optimizer(lab),
@@ -101,8 +102,6 @@ def _policy(values: Mapping[str, Any], lab: LabConfig, origin: str) -> PolicySpe
         lab.get(key)
     for key in ("robovlm_name", "trainer_type", "window_size", "fwd_pred_next_n"):
         lab.get(key)
-    if spec.head.kind == "classes" and spec.head.outputs != _CLASSES:
-        lab.refuse(("act_head.num_classes", spec.head.outputs, f"{_CLASSES}"))
     if lab.get("quantization") is not None:
         lab.assume(
             "quantization: nothing is quantized in training; calib/quantize.py does it afterwards, on recordings"

@@ -6,10 +6,11 @@ Knows the loaders of RoboVLMs and its 2-DoF fork: their columns, clipping, filte
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from episodes.reader import CAMERAS
 from train.config import PolicySpec
+from train.robovlms_heads import ClassSettings
 from train.robovlms_keys import LabConfig
 
 _AXES = ("linear_x", "linear_y", "angular_z")
@@ -27,15 +28,19 @@ def is_h5(lab: LabConfig) -> bool:
     return any(kind == "NavDataset" or kind.startswith("MobileVLA") for kind in kinds)
 
 
-def data_settings(lab: LabConfig, spec: PolicySpec) -> dict[str, Any]:
+def data_settings(lab: LabConfig, spec: PolicySpec, words: dict[str, Any], classes: ClassSettings) -> dict[str, Any]:
     """The section `data`.
+
+    Args:
+        words: the settings of prompts.
+        classes: of a class head.
 
     Raises:
         ConfigError: no dataset, no folder, or normalisation of pixels that no policy was trained with.
     """
     fork = is_h5(lab)
     data: dict[str, Any] = {
-        "actions": tuple(lab.get("jetvla.action_names", _axes(spec, lab))),
+        "actions": classes.axes or tuple(lab.get("jetvla.action_names", _axes(spec, lab))),
         "sources": [_source(lab, path) for path in lab.datasets("train_dataset")],
         "cameras": CAMERAS if lab.get("use_hand_rgb", False) else ("static",),
         "window": spec.window,
@@ -43,7 +48,7 @@ def data_settings(lab: LabConfig, spec: PolicySpec) -> dict[str, Any]:
         "action_range": _action_range(lab, spec, fork=fork),
         "resize": lab.get("jetvla.resize", "bilinear" if fork else "bicubic"),
         "pixel_norm": _pixel_norm(lab, fork=fork),
-        "prompt_template": lab.get("jetvla.prompt_template", spec.prompt_template),
+        **words,
     }
     if not data["sources"]:
         raise lab.unusable("train_dataset", expected="an object with data_dir, the folder of the H5 episodes")
@@ -136,8 +141,10 @@ def _files(lab: LabConfig, path: str) -> str:
     return f"{folder}/{lab.get(f'{path}.episode_pattern', 'episode_*.h5')}"
 
 
-def _action_range(lab: LabConfig, spec: PolicySpec, *, fork: bool) -> tuple[float, float]:
+def _action_range(lab: LabConfig, spec: PolicySpec, *, fork: bool) -> tuple[float, float] | Literal["auto"]:
     lab.get("norm_action"), lab.get("norm_min"), lab.get("norm_max")
+    if spec.head.kind == "classes":
+        return "auto"
     ours = lab.get("jetvla.action_minimum"), lab.get("jetvla.action_maximum")
     if ours[0] is not None and ours[1] is not None:
         return ours
@@ -180,7 +187,8 @@ def _note_datasets(lab: LabConfig, data: dict[str, Any], *, fork: bool) -> None:
         for key in ("window_size", "fwd_pred_next_n"):
             if (inner := lab.get(f"{path}.{key}", lab.get(key))) != lab.get(key):
                 lab.assume(f"{path}.{key} {inner} differs from {key} {lab.get(key)}, which counts")
-        if (preset := lab.get(f"{path}.instruction_preset")) not in (None, "default", "center_goal"):
+        preset = lab.get(f"{path}.instruction_preset")
+        if preset is not None and lab.get(f"{path}.type") != "NavDataset":
             lab.assume(
                 f"{path}.instruction_preset {preset}: the loader draws sentences that stand in its code; here the words are those of "
                 "the files"

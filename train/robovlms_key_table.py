@@ -72,6 +72,7 @@ ACTS: dict[str, str] = {
     **_keys(TEXT, "packing resize pixel_norm base_sha256 prompt_template", section="jetvla."),
     **_keys(NUMBER, "action_minimum action_maximum fps", section="jetvla."),
     **_keys(FLAG, "x_attn_causal", section="jetvla."),
+    **_keys(WHOLE, "pad_prompt_to", section="jetvla."),
     **_keys(TEXTS, "action_names classes", section="jetvla."),
 }
 
@@ -84,7 +85,7 @@ DATASET_ACTS: dict[str, str] = {
     **_keys(WHOLE, "window_size fwd_pred_next_n min_episode_frames num_classes"),
     **_keys(NUMBER, "train_split counterfactual_stop_prob"),
     **_keys(TEXTS, "exclude_path_types include_path_families"),
-    **_keys(SECTION, "path_type_weights path_family_weights grounding_aux"),
+    **_keys(SECTION, "path_type_weights path_family_weights grounding_aux instruction_override"),
 }
 
 _ONE_LOSS = "actions are all that is learned"
@@ -119,7 +120,6 @@ REFUSED: dict[str, Refused] = {
 DATASET_REFUSED: dict[str, Refused] = {
     "abs_action": Refused(FLAG, _off, "actions with their sign: without it a robot only ever goes left"),
     "episode_filter_keyword": Refused(TEXT, _off, "an episode_pattern that finds these files"),
-    "instruction_override": Refused(SECTION, _off, "instructions of the files, or `instruction` of a source"),
     "use_bbox_target": Refused(FLAG, _off, "words without boxes: the loader finds them by colour"),
     "counterfactual_steer_prob": Refused(
         NUMBER, _off, "0: recorded actions under the words that they were recorded with"

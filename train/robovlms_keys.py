@@ -62,7 +62,7 @@ class LabConfig:
 
     def __init__(self, values: Mapping[str, Any], origin: str) -> None:
         self._values = values
-        self._origin = origin
+        self.origin = origin
         self._leaves = dict(_leaves(values, ""))
         self._read: set[str] = {"parent"}  # followed when the file was read
         self._assumed: list[str] = []
@@ -102,7 +102,7 @@ class LabConfig:
         value = self._leaves.get(path)
         misspelt = [key for key, near in self._unknown() if near == path]
         return ConfigError(
-            f"{self._origin}: `{path}` is not usable",
+            f"{self.origin}: `{path}` is not usable",
             got="nothing" if value is None else repr(value),
             expected=expected,
             hint=f"did you mean {path} by `{misspelt[0]}`?" if misspelt else "correct the value.",
@@ -138,7 +138,7 @@ class LabConfig:
         first, value, instead = found[0]
         more = "".join(f"; and {path} = {other!r}, for which: {rule}" for path, other, rule in found[1:])
         raise UnsupportedPolicyError(
-            f"{self._origin}: {first} = {value!r}, which jetvla does not train",
+            f"{self.origin}: {first} = {value!r}, which jetvla does not train",
             expected=f"{instead}{more}",
             hint="change the key if the policy can do without; nothing was written.",
         )

@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from bundle.manifest import HeadKind, Packing
+from bundle.prompt_template import UPSTREAM
 
 Positive = Annotated[int, Meta(ge=1)]
 NotNegative = Annotated[int, Meta(ge=0)]
@@ -93,7 +94,9 @@ class DataConfig(_Strict, frozen=True):
         split: a saved split file; by default one is drawn and saved with the run.
         split_seed: of that draw.
         fps: refuse episodes of another rate; by default the files must agree with each other.
-        prompt_template: text around the instruction.
+        prompt_template: text around the instruction, which goes where `{instruction}` stands. Without that place the policy is trained
+            without words. An instruction that carries the whole text already is taken as it is.
+        pad_prompt_to: pad every prompt to so many tokens, as some trainers do: masked slots, behind which the action token stands.
     """
 
     sources: tuple[SourceConfig, ...]
@@ -108,7 +111,8 @@ class DataConfig(_Strict, frozen=True):
     split: str | None = None
     split_seed: int = 0
     fps: AboveZero | None = None
-    prompt_template: str = "<grounding>An image of a robot {instruction}"
+    prompt_template: str = UPSTREAM
+    pad_prompt_to: Annotated[int, Meta(ge=2, le=2048)] | None = None
 
 
 class AugmentConfig(_Strict, frozen=True):
@@ -175,6 +179,10 @@ class ModelConfig(_Strict, frozen=True):
         layers: of the LSTM.
         latent: number of action tokens.
         action_dim: width of a chunk step of an actions_gripper head, gripper included; recorded axes fill its first columns, the rest is 0.
+        classes: of a classes head, in order: names out of Stop, F, B, L, R, FL, FR, BL, BR, TurnL, TurnR, or `name=vx,vy[,wz]` in m/s and
+            rad/s. None are `Stop F B L R FL FR BL BR`. Names without numbers get the speed of the recordings, turns 0.5 rad/s.
+        relabel: motions (names as above) whose frames are labelled as another class; without it, as their own, or as the one that stands
+            still where they have none.
         packing: layout of a row; fork_overwrite makes the words of the instruction invisible and exists only to reproduce such runs.
         freeze_backbone: freeze text model and projection; adapters always do, so `false` goes with model.lora.targets = "none".
         train_vision: train the vision tower too.
@@ -190,6 +198,8 @@ class ModelConfig(_Strict, frozen=True):
     layers: Positive = 4
     latent: Positive = 1
     action_dim: Positive | None = None
+    classes: tuple[str, ...] = ()
+    relabel: dict[str, str] = {}
     packing: Packing = "upstream"
     lora: LoraConfig = LoraConfig()
     freeze_backbone: bool = True

@@ -121,6 +121,8 @@ def _values(annotation: Any) -> str:
         return ", ".join(f"`{option}`" for option in options)
     if origin in (typing.Union, UnionType):
         return " or ".join(_values(option) for option in options if option is not NoneType)
+    if origin is dict:
+        return "table of texts"
     if origin is tuple:
         words = [_values(option) for option in options if option is not Ellipsis]
         # "list of numbers >= 0"
@@ -140,6 +142,8 @@ def _bounds(meta: msgspec.Meta) -> str:
 
 
 def _default(field: Any) -> str:
+    if field.default_factory is dict:
+        return "none"
     if field.default is msgspec.NODEFAULT:
         return "required" if field.default_factory is msgspec.NODEFAULT else "none"
     if field.default is None or field.default == ():
@@ -148,7 +152,7 @@ def _default(field: Any) -> str:
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
     if isinstance(value, tuple):
-        return ", ".join(f"`{item}`" for item in value)
+        return ", ".join(f"`{item}`" for item in value) or "none"
     return f"`{value}`"
 
 

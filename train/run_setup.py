@@ -20,9 +20,9 @@ from torch import Tensor
 from bundle.errors import BaseWeightsError, ConfigError
 from bundle.tokenization import tokenize
 from episodes.reader import CAMERAS
+from train.action_classes import USUAL_SPEED_MPS, ClassTable, classes_of_model
 from train.augmentation import Augmenter
 from train.base import base_weights, read_base_config, tensors_sha256
-from train.batches import classes_of
 from train.episode_choice import weighted
 from train.episode_files import find_files
 from train.episode_set import TrainingEpisode, read_episodes
@@ -41,8 +41,6 @@ from train.split import SPLIT_NAME, Split, draw_split, part_episodes, read_split
 from train.token_cache import TokenCache
 from train.trainable import build_policy, head_spec, reaches_vision, training_mode
 from train.windows import resolve_action_range
-
-_CLASSES = 9
 
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
@@ -158,7 +156,8 @@ def gather(loaded: LoadedConfig, bar: Bar = no_bar) -> Gathered:
         )
     files = find_files(config.data.sources, root=root)
     with bar("reading episodes", len(files)) as advance:
-        episodes = read_episodes(config.data, root, lambda done, total: advance(1), cache=cache)
+        optional = ("angular_z",) if config.model.head == "classes" else ()  # as the lab's loader fills it up
+        episodes = read_episodes(config.data, root, lambda done, total: advance(1), cache=cache, optional=optional)
     saved = root / config.data.split if config.data.split is not None else runs / config.name / SPLIT_NAME
     split = (
         read_split(saved)
@@ -177,7 +176,10 @@ def gather(loaded: LoadedConfig, bar: Bar = no_bar) -> Gathered:
     augment = config.augment
     texts = (*instructions_of(episodes), *(augment.stop_words if augment.stop > 0 else ()))
     cameras = tuple(camera for camera in CAMERAS if camera in config.data.cameras)
-    template = config.data.prompt_template
+    prompts = {
+        text: torch.tensor(tokenize(text, config.data.prompt_template, base / "tokenizer.json")) for text in texts
+    }
+    _check_padding(prompts, config.data.pad_prompt_to)
     return Gathered(
         config=config,
         root=root,
@@ -189,12 +191,23 @@ def gather(loaded: LoadedConfig, bar: Bar = no_bar) -> Gathered:
         val=val,
         split=split,
         action_range=resolve_action_range(config.data, train),
-        prompts={text: torch.tensor(tokenize(text, template, base / "tokenizer.json")) for text in texts},
+        prompts=prompts,
         store=FrameStore(
             cache / "frames", size=kosmos.vision_config.image_size, resize=config.data.resize, cameras=cameras
         ),
         cache=cache,
     )
+
+
+def _check_padding(prompts: dict[str, Tensor], pad_to: int | None) -> None:
+    text = max(prompts, key=lambda each: len(prompts[each]))
+    if pad_to is not None and len(prompts[text]) > pad_to:
+        raise ConfigError(
+            "a prompt is longer than data.pad_prompt_to",
+            got=f"{len(prompts[text])} tokens: {text!r}",
+            expected=f"at most {pad_to}",
+            hint="shorten the instruction, or set a larger data.pad_prompt_to.",
+        )
 
 
 def prepare(gathered: Gathered, device: torch.device, bar: Bar = no_bar) -> Setup:
@@ -265,19 +278,33 @@ def facts_of(gathered: Gathered) -> TrainingFacts:
         fps=data.fps or (float(np.median(rates)) if rates else None),
         base_sha256=gathered.base_sha256,
         prompt_template=data.prompt_template,
+        pad_prompt_to=data.pad_prompt_to,
+        classes=_class_table(gathered).spelled() if model.head == "classes" else None,
     )
+
+
+def _class_table(gathered: Gathered) -> ClassTable:
+    """The classes with their commands: as stated, else with the speed of the recordings, which is the largest along either axis."""
+    config = gathered.config
+    speed = 0.0
+    if config.data.action_range != "auto":
+        speed = config.data.action_range[1]
+    else:
+        linear = [index for index, name in enumerate(config.data.actions) if name != "angular_z"]
+        speed = max(float(np.abs(episode.actions[:, linear]).max(initial=0.0)) for episode in gathered.train)
+    return classes_of_model(config.model, speed=float(f"{speed:.7g}") or USUAL_SPEED_MPS)
 
 
 def loss_spec(config: RunConfig, train: tuple[TrainingEpisode, ...]) -> LossSpec:
     """The loss, class weights resolved from the training episodes."""
     weights: tuple[float, ...] = ()
     if config.model.head == "classes":
-        stated = config.loss.class_weights
+        stated, table = config.loss.class_weights, classes_of_model(config.model)
         if stated == "balanced":
-            classes = np.concatenate([classes_of(episode.actions, config.data.actions) for episode in train])
-            weights = balanced_weights(classes, _CLASSES)
+            labels = [table.labels(episode.actions, config.data.actions) for episode in train]
+            weights = balanced_weights(np.concatenate(labels), len(table))
         elif stated == "none":
-            weights = (1.0,) * _CLASSES
+            weights = (1.0,) * len(table)
         else:
             weights = tuple(float(weight) for weight in stated)
     loss = config.loss
@@ -311,5 +338,6 @@ def _source(
         prompts=gathered.prompts,
         tokens=tokens,
         columns=head_spec(config).outputs,
+        classes=classes_of_model(config.model),
         device=device,
     )

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bundle.errors import BaseWeightsError, CheckpointError
+from train.action_classes import NINE
 from train.action_head import ActionHead
 from train.base import base_weights, read_base_config
 from train.checkpoint import materialize_tables
@@ -31,13 +32,16 @@ from train.run_config import ModelConfig, RunConfig
 _VISION = ("backbone.vision_model.", "backbone.image_to_text_projection.")
 _EMBEDDING = "backbone.text_model.model.embed_tokens.weight"
 _LAYER = re.compile(r"^backbone\.text_model\.model\.layers\.(\d+)\.")
-_CLASSES = 9
 
 
 def head_spec(config: RunConfig) -> HeadSpec:
     """The head that a config asks for."""
     model, actions = config.model, len(config.data.actions)
-    outputs = {"velocities": actions, "classes": _CLASSES, "actions_gripper": model.action_dim or actions + 1}
+    outputs = {
+        "velocities": actions,
+        "classes": len(model.classes or NINE),
+        "actions_gripper": model.action_dim or actions + 1,
+    }
     return HeadSpec(model.head, outputs[model.head], model.hidden, model.layers, model.latent, pooling=False)
 
 
@@ -58,6 +62,8 @@ def policy_spec_of(config: RunConfig, *, action_range: tuple[float, float], imag
         fork=config.model.head != "actions_gripper",
         base_path=config.base.model,
         prompt_template=config.data.prompt_template,
+        pad_to=config.data.pad_prompt_to,
+        prompt_source="trained so",
     )
 
 

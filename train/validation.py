@@ -21,7 +21,6 @@ from torch.nn import functional
 
 from bundle.errors import TrainingError
 from train.augmentation import other_words
-from train.batches import classes_of
 from train.fast_forward import FrameBatch, TrainingForward
 from train.inputs import InputSource, as_recorded
 from train.losses import Counts, LossSpec, loss_counts, loss_terms, total_loss
@@ -40,7 +39,7 @@ class Validation:
     Attributes:
         loss: masked mean over all windows.
         rmse: per recorded axis, physical units; empty for class heads.
-        direction_accuracy: share of frames with the right one of nine directions; not a number without a linear axis.
+        direction_accuracy: share of frames with the right class, or one of nine directions; not a number without a linear axis.
         majority: the share that always naming the commonest direction would have; not a number without a linear axis.
         left_right: int64 [3, 3], recorded (left, none, right) by predicted; None where nothing moves sideways.
         sensitivity: mean absolute change of the action for now (head's units) when the instruction's words change; not a number where no
@@ -174,7 +173,7 @@ class Validator:
             physical = (now[:, :axes] + 1) / 2 * (maximum - minimum) + minimum
             own.predicted.append(physical.cpu().numpy().astype(np.float32))
         own.recorded.append(episode.actions)
-        own.classes.append(classes_of(episode.actions, source.data.actions))
+        own.classes.append(source.classes.labels(episode.actions, source.data.actions))
         if index < _PROBES:
             reworded = self._reworded(frames, episode.instruction)
             if reworded is not None:
@@ -234,7 +233,7 @@ class Validator:
             predicted = np.concatenate([part for share in shares for part in share.predicted])
             errors = np.sqrt(np.mean((predicted.astype(np.float64) - recorded) ** 2, axis=0))
             rmse = dict(zip(self._source.data.actions, map(float, errors), strict=True))
-            named = classes_of(predicted, self._source.data.actions)
+            named = self._source.classes.labels(predicted, self._source.data.actions)
             if "linear_y" in self._source.data.actions:
                 column = self._source.data.actions.index("linear_y")
                 confusion = left_right_confusion(predicted[:, column], recorded[:, column])

@@ -32,6 +32,7 @@ from bundle.errors import (
     ServiceError,
 )
 from bundle.manifest import Manifest
+from bundle.prompt_template import takes_words
 from runtime.chain import no_prompt
 from runtime.events import Note
 from runtime.policy import ActionChunk
@@ -116,7 +117,7 @@ class RemotePolicy:
             ServiceError: no answer in time, a refusal, or another bundle than at the start; the next `step` tries again.
         """
         self._instruction, self._begun = None, False
-        if not instruction.strip():
+        if not instruction.strip() and takes_words(self.manifest.prompt.template):
             raise PromptError("the instruction is empty", hint="say what the robot shall do.")
         self._instruction = instruction
         self._begin(time.monotonic() + self._reset_timeout_s * _MARGIN)

@@ -37,6 +37,7 @@ OTHER: dict[str, Any] = {
     "instruction": ("go",),
     "max_prompt_tokens": 65,
     "pad_prompt_to": 64,
+    "prompt_template": "{instruction}",
     "tokenizer": Path("tokenizer.json"),
     "resize": "bilinear",
     "pixel_norm": "none",
@@ -294,7 +295,7 @@ def test_strings_become_paths_and_instructions_are_stripped() -> None:
 @pytest.mark.parametrize(
     ("options", "texts"),
     [
-        ({"instruction": ("go", " ")}, ("an instruction is empty", "hint: leave --instruction out")),
+        ({"pad_prompt_to": 1}, ("pad_prompt_to is not usable", "got:      1", "expected: 0, or 2 to 2048 tokens")),
         ({"max_prompt_tokens": 1}, ("max_prompt_tokens is too small", "got:      1", "expected: at least 2")),
         ({"precision": "int4"}, ("unknown precision", "got:      'int4'", "expected: fp32, fp16")),
         ({"packing": "none"}, ("unknown packing", "expected: upstream, fork_overwrite, auto")),

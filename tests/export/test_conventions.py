@@ -8,19 +8,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from bundle.errors import ConfigError, PromptError
 from bundle.manifest import Packing
+from bundle.prompt_template import PREFIXED, RAW, TEMPLATES, UPSTREAM
 from episodes.writer import write_episode
 from export.parity import random_frames
 from export.pipeline import BuildConfig
+from runtime.actions import denormalize
 from runtime.tokenizer import tokenize
 from tests.checkpoints import GO_LEFT
 from tests.export.builds import QUICK, assert_complete, left_over, quietly
 from tests.export.conftest import MakeSynthetic
 from tests.policies import NORMS, Norm
+from train.action_meaning import action_of
 from train.checkpoint import load
 from train.policy import ReferenceStream
 from train.synthetic import SyntheticFiles, SyntheticOptions
@@ -39,12 +43,16 @@ def drive(
     norm: Norm = "clip",
     noise: float = 0.0,
     instruction: str | None = GO_LEFT,
+    template: str = UPSTREAM,
+    pad_to: int = 0,
 ) -> Path:
     """An episode of what the policy does, under these conventions, in a world of random pictures."""
     policy = load(files.checkpoint, packing=packing, x_attn_causal=x_attn_causal).policy
-    ids = np.array(tokenize(GO_LEFT, policy.spec.prompt_template, files.base / "tokenizer.json"))
+    ids = np.array(tokenize(GO_LEFT, template, files.base / "tokenizer.json"))
+    padding = np.full(max(pad_to - len(ids), 0), policy.kosmos.text_config.pad_token_id)
+    mask = np.concatenate([np.ones_like(ids), np.zeros_like(padding)])
     mean, std = NORMS[norm]
-    stream = ReferenceStream(policy, ids, np.ones_like(ids), mean=mean, std=std)
+    stream = ReferenceStream(policy, np.concatenate([ids, padding]), mask, mean=mean, std=std)
     frames = random_frames(FRAMES, 1, 96, seed=3)[:, 0]
     actions = np.array([stream.step(bicubic(frame)[None]).action[0] for frame in frames])
     actions += noise * np.random.default_rng(0).normal(size=actions.shape).astype(np.float32)
@@ -122,3 +130,57 @@ def test_a_policy_trained_without_pixel_normalisation_is_judged_without(
     quietly(config(files, tmp_path, episode, pixel_norm="none"))
     manifest = assert_complete(tmp_path / "policy.bundle")
     assert (manifest.prompt.packing, manifest.x_attn_causal) == ("fork_overwrite", False)
+
+
+@pytest.mark.parametrize(("template", "pad_to"), [*((template, 0) for template in TEMPLATES[1:]), (PREFIXED, 256)])
+def test_the_text_of_the_prompt_that_drove_an_episode_is_found(
+    synthetic: MakeSynthetic, tmp_path: Path, template: str, pad_to: int
+) -> None:
+    files = synthetic(FORK)
+    episode = drive(files, tmp_path, "upstream", template=template, pad_to=pad_to)
+    quietly(config(files, tmp_path, episode, instruction=(GO_LEFT,)))
+    manifest = assert_complete(tmp_path / "policy.bundle")
+    assert (manifest.prompt.template, manifest.prompt.pad_to) == (template, pad_to or None)
+    assert (manifest.prompt.packing, manifest.x_attn_causal) == ("upstream", False)
+    assert manifest.prompt.template_source == "inferred from episode.h5"
+    assert manifest.parity.verdict == "PASS"
+
+
+def test_a_stated_text_is_not_inferred(synthetic: MakeSynthetic, tmp_path: Path) -> None:
+    files = synthetic(FORK)
+    episode = drive(files, tmp_path, "upstream", template=RAW, pad_to=256)
+    quietly(config(files, tmp_path, episode, prompt_template=RAW))
+    manifest = assert_complete(tmp_path / "policy.bundle")
+    assert (manifest.prompt.template, manifest.prompt.pad_to) == (RAW, 256)
+    with pytest.raises(ConfigError, match="does not tell how the policy was trained"):
+        quietly(config(files, tmp_path, episode, prompt_template=PREFIXED, pad_prompt_to=0, force=True))
+
+
+def test_an_episode_that_carries_the_text_can_only_mean_some_texts(synthetic: MakeSynthetic, tmp_path: Path) -> None:
+    """The stored sentence has `<grounding>` before it: upstream's text would be put around it a second time."""
+    files = synthetic(FORK)
+    episode = drive(files, tmp_path, "upstream", template=PREFIXED, instruction=f"<grounding>{GO_LEFT}")
+    quietly(config(files, tmp_path, episode))
+    assert assert_complete(tmp_path / "policy.bundle").prompt.template in (RAW, PREFIXED)
+
+
+def test_classes_are_judged_by_their_surprise(synthetic: MakeSynthetic, tmp_path: Path) -> None:
+    files = synthetic(SyntheticOptions(layout="fork", head="classes", action_dim=8))
+    checkpoint = tmp_path / "sure.ckpt"
+    records = torch.load(files.checkpoint, weights_only=True)
+    for name, tensor in records["state_dict"].items():
+        if ".logits." in name:
+            tensor *= 100  # as sure of itself as a trained one
+    torch.save(records, checkpoint)
+    loaded = load(checkpoint, base=files.base, packing="upstream", x_attn_causal=True)
+    action = action_of(loaded.policy.spec)
+    ids = np.array(tokenize(GO_LEFT, UPSTREAM, files.base / "tokenizer.json"))
+    stream = ReferenceStream(loaded.policy, ids, np.ones_like(ids))
+    frames = random_frames(FRAMES, 1, 96, seed=3)[:, 0]
+    commands = np.array([denormalize(stream.step(bicubic(frame)[None]).action, action)[0] for frame in frames])
+    episode = write_episode(tmp_path / "episode.h5", iter(frames), commands, instruction=GO_LEFT, fps=6.0)
+    out = tmp_path / "policy.bundle"
+    quietly(BuildConfig(checkpoint=checkpoint, base=files.base, out=out, infer_from=episode, verify_frames=QUICK))
+    manifest = assert_complete(out)
+    assert (manifest.prompt.packing, manifest.x_attn_causal) == ("upstream", True)
+    assert manifest.action.class_names == ("Stop", "F", "L", "R", "FL", "FR", "TurnL", "TurnR")

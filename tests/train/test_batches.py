@@ -21,8 +21,9 @@ from numpy.testing import assert_array_equal
 from bundle.errors import EpisodeError, TrainingError
 from episodes.actions import classify_actions
 from tests.training_data import LEFT, RIGHT, episode, read, write_schema, write_v1
+from train.action_classes import NINE
 from train.augmentation import Augmenter, mirror_actions, mirror_frame, mirror_text
-from train.batches import Batch, BatchStream, classes_of, make_batch, validation_windows
+from train.batches import Batch, BatchStream, make_batch, validation_windows
 from train.episode_set import TrainingEpisode
 from train.frame_store import FrameStore
 from train.run_config import AugmentConfig, DataConfig, LoopConfig, SourceConfig
@@ -211,7 +212,7 @@ def test_a_drawn_view_needs_an_augmenter(drawn: Set) -> None:
 )
 def test_classes_go_by_name(names: tuple[str, ...], values: list[float], expected: int) -> None:
     actions = np.array([[values, values]], np.float32)
-    assert_array_equal(classes_of(actions, names), [[expected, expected]])
+    assert_array_equal(NINE.labels(actions, names), [[expected, expected]])
 
 
 def test_validation_sees_every_window_as_recorded() -> None:

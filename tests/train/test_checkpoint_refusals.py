@@ -321,7 +321,7 @@ def test_two_adapters_are_refused_by_name(variant: Variant) -> None:
         load(variant(add))
 
 
-@pytest.mark.parametrize("module", ["act_head.actions.mlp.0", "_orig_mod.backbone.text_model.model.layers.0.ffn.fc1"])
+@pytest.mark.parametrize("module", ["act_head.actions.mlp.0", "other.backbone.text_model.model.layers.0.ffn.fc1"])
 def test_an_adapter_outside_of_the_backbone_is_listed(variant: Variant, module: str) -> None:
     with pytest.raises(CheckpointError, match=f"unknown .*{module}"):
         load(variant(put(f"model.{module}.lora_A.default.weight", torch.zeros(4, 64))))

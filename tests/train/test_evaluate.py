@@ -95,6 +95,7 @@ class Scripted:
     def __init__(self, chunks: dict[str, NDArray[np.float32]], run_files: RunFiles, folder: Path) -> None:
         spec = load(checkpoint(run_files, folder, {})).policy.spec
         self.action: Action = action_of(spec)
+        self.template = spec.prompt_template
         self.description = "scripted"
         self.cameras: tuple[str, ...] = ("static",)
         self._chunks = chunks

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from bundle.errors import CheckpointError
 from bundle.manifest import Packing
 from tests.checkpoints import MakeSynthetic
 from tests.oracle import oracle_case
-from train.checkpoint import load_policy
+from train.checkpoint import load, load_policy
 from train.fast_forward import FrameBatch, TrainingForward, check_forward, pixels_of
 from train.policy import KosmosPolicy, normalize_frames
 from train.synthetic import SyntheticFiles, SyntheticOptions
@@ -58,6 +59,28 @@ def test_chunks_are_the_references(fork: SyntheticFiles, pixels: Tensor, packing
         expected = reference(policy, batch, pixels)
         found = TrainingForward(policy)(batch)
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("packing", ["upstream", "fork_overwrite"])
+@pytest.mark.parametrize("pad_to", [8, 9, 100])
+def test_padded_prompts_are_the_references(fork: SyntheticFiles, pixels: Tensor, packing: Packing, pad_to: int) -> None:
+    """Masked slots are not computed, and yet the action token stands behind them; at 8 the longer prompt has none."""
+    policy = load(fork.checkpoint, packing=packing, pad_prompt_to=pad_to).policy
+    batch, padding = windows(pixels), policy.kosmos.text_config.pad_token_id
+    with torch.no_grad():
+        features = []
+        for index, prompt in enumerate(batch.prompt_of):
+            ids = batch.prompts[prompt]
+            row = functional.pad(ids, (0, pad_to - len(ids)), value=padding).unsqueeze(0)
+            mask = (torch.arange(pad_to) < len(ids)).long().unsqueeze(0)
+            features.append(policy.features(policy.image_tokens(pixels[index : index + 1]), row, mask))
+        found = TrainingForward(policy).features(batch)
+    torch.testing.assert_close(found, torch.cat(features), atol=2e-5, rtol=0)
+    natural = load(fork.checkpoint, packing=packing).policy
+    with torch.no_grad():
+        moved = (TrainingForward(natural).features(batch) - found).abs().max()
+    # The fork's image slots are in front of the action token anyhow.
+    assert (moved > 1e-2) == (packing == "upstream" or pad_to == 100)
 
 
 def test_several_action_tokens_take_the_long_way(synthetic: MakeSynthetic, pixels: Tensor) -> None:

@@ -360,3 +360,11 @@ def test_steps_are_written_as_numbers_that_read_back(run: Callable[..., Launch],
         rows = list(csv.DictReader(file))
     assert {"step", "epoch", "loss", "learning_rate", "gradient_norm", "seconds"} == set(rows[0])
     assert float(rows[0]["gradient_norm"]) > 0
+
+
+def test_a_run_for_a_gpu_is_planned_without_one(run: Callable[..., Launch], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = run({"loop.precision": "fp16"}, dry_run=True)
+    assert any("fp16 needs a GPU" in problem.what for problem in done.plan.problems)
+    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+        run({"loop.precision": "fp16"})

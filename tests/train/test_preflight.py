@@ -23,6 +23,7 @@ from tests.ledgers import facts
 from tests.train.test_run_config import config
 from tests.training_data import LEFT, RIGHT, episode, write_v1
 from train import preflight_checks as checks
+from train.action_classes import NINE
 from train.data_facts import axis_facts, class_facts, instruction_facts, part_facts
 from train.ledger import Ledger
 from train.load_config import LoadedConfig, Notes, load_run_config
@@ -341,8 +342,8 @@ class TestFacts:
 
     def test_classes(self) -> None:
         actions = np.array([[0, 0], [1, 0], [1, 0], [0, 1]], np.float32)
-        counts = class_facts([episode("a.h5", actions=actions)], ("linear_x", "linear_y"))
-        assert {name: count for name, count in counts.items() if count} == {"stop": 1, "forward": 2, "left": 1}
+        counts = class_facts([episode("a.h5", actions=actions)], ("linear_x", "linear_y"), NINE)
+        assert {name: count for name, count in counts.items() if count} == {"Stop": 1, "F": 2, "L": 1}
         assert len(counts) == 9
 
     def test_instructions(self) -> None:

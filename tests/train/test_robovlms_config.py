@@ -420,9 +420,99 @@ def test_what_jetvla_does_not_train_is_refused_by_name(path: str, value: object)
     assert "lab.json" in str(caught.value)
 
 
-def test_other_numbers_of_classes_are_refused() -> None:
-    with pytest.raises(UnsupportedPolicyError, match=r"act_head\.num_classes = 6"):
-        run(act_head__type="MobileVLAClassificationDecoder", act_head__num_classes=6)
+NAV: dict[str, Any] = {"act_head__type": "MobileVLAClassificationDecoder", "train_dataset__type": "NavDataset"}
+V5: dict[str, Any] = {**NAV, "train_dataset__grounding_prefix": True}
+
+
+def test_eight_classes_of_the_lab_turn() -> None:
+    """Its NavDataset since V5: turns in place, `<grounding>` before the sentence, 256 tokens."""
+    changes = {**V5, "act_head__num_classes": 8, "train_dataset__num_classes": 8}
+    config, notes = read(fork_config(**changes))
+
+    assert config.model.classes == ("Stop", "F", "L", "R", "FL", "FR", "TurnL", "TurnR")
+    assert config.model.relabel == {}
+    assert config.data.actions == ("linear_x", "linear_y", "angular_z")
+    assert config.data.action_range == "auto"
+    assert (config.data.prompt_template, config.data.pad_prompt_to) == ("<grounding>{instruction}", 256)
+    assert "classes Stop F L R FL FR TurnL TurnR (assumed: the order of NavDataset of V5)" in "\n".join(notes.assumed)
+    assert "train_dataset.num_classes" not in notes.ignored
+    assert not {path for path in notes.unknown if "grounding_prefix" in path or "num_classes" in path}
+
+
+def test_six_classes_are_labelled_as_their_loader_did() -> None:
+    six = {"act_head__num_classes": 6, "train_dataset__num_classes": 6}
+    before, later = run(**NAV, **six), run(**V5, **six)
+
+    assert before.model.classes == later.model.classes == ("Stop", "F", "L", "R", "FL", "FR")
+    assert (before.model.relabel, before.data.actions) == ({}, ("linear_x", "linear_y"))
+    assert later.model.relabel == {"FL": "L", "FR": "R", "TurnL": "L", "TurnR": "R"}
+    assert later.data.actions == ("linear_x", "linear_y", "angular_z")
+    assert "FL as L" in assumed(**V5, **six)
+
+
+@pytest.mark.parametrize(
+    ("changes", "texts"),
+    [
+        (
+            {**V5, "act_head__num_classes": 9},
+            ("NavDataset of V5 with num_classes 9 labels 8 classes", "the head has 9"),
+        ),
+        ({**NAV, "act_head__num_classes": 8}, ("NavDataset before V5 with num_classes 9 labels 9 classes",)),
+        ({**V5, "act_head__num_classes": 8, "train_dataset__num_classes": 6}, ("labels 6 classes", "the head has 8")),
+        ({"act_head__type": "MobileVLAClassificationDecoder", "act_head__num_classes": 6}, ("MobileVLAH5Dataset",)),
+        ({**V5, "act_head__num_classes": 7}, ("act_head.num_classes",)),
+    ],
+)
+def test_classes_whose_order_nobody_can_know_must_be_stated(changes: dict[str, Any], texts: tuple[str, ...]) -> None:
+    with pytest.raises(UnsupportedPolicyError, match="must be stated") as caught:
+        run(**changes)
+    for text in (*texts, "lab.json", "jetvla.classes"):
+        assert text in str(caught.value)
+
+
+def test_stated_classes_go_before_the_loaders() -> None:
+    stated = ["Stop", "slow=0.2,0", "fast=1,0", "arc=0.5,0,0.3", "B", "L", "R"]
+    config, notes = read(fork_config(**V5, act_head__num_classes=7, jetvla__classes=stated))
+    assert config.model.classes == tuple(stated)
+    assert config.data.actions == ("linear_x", "linear_y", "angular_z")
+    assert "classes" not in "\n".join(notes.assumed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "template"),
+    [
+        ({}, "{instruction}"),
+        ({"grounding_prefix": True}, "<grounding>{instruction}"),
+        ({"grounding_prefix": False, "instruction_preset": "default"}, "{instruction}"),
+        ({"instruction_preset": "action_aware_train"}, "<grounding>An image of a robot {instruction}"),
+        (
+            {"instruction_preset": "action_aware_train", "grounding_prefix": True},
+            "<grounding>Instruction: {instruction}. Action:",
+        ),
+        (
+            {"instruction_preset": "path_type_aware", "grounding_prefix": True},
+            "<grounding>Instruction: {instruction}. Action:",
+        ),
+        (
+            {"instruction_override": {"left": ["go"]}, "grounding_prefix": True},
+            "<grounding>Instruction: {instruction}. Action:",
+        ),
+    ],
+)
+def test_the_text_around_an_instruction_is_what_the_loader_put_there(changes: dict[str, Any], template: str) -> None:
+    values = fork_config(train_dataset__type="NavDataset")
+    values["train_dataset"] |= changes
+    config, notes = read(values)
+    assert (config.data.prompt_template, config.data.pad_prompt_to) == (template, 256)
+    replaced = "told here is the sentence of each file" in "\n".join(notes.assumed)
+    assert replaced == ("Instruction:" in template or "robot" in template)
+
+
+def test_the_forks_loader_puts_upstreams_text_and_leaves_the_length() -> None:
+    data = run().data
+    assert (data.prompt_template, data.pad_prompt_to) == ("<grounding>An image of a robot {instruction}", None)
+    stated = run(jetvla__prompt_template="<grounding>{instruction}", jetvla__pad_prompt_to=64).data
+    assert (stated.prompt_template, stated.pad_prompt_to) == ("<grounding>{instruction}", 64)
 
 
 @pytest.mark.parametrize(

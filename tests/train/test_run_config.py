@@ -96,7 +96,7 @@ def test_unknown_keys_are_refused_with_the_nearest_known_one(sections: Any, key:
         ({"data": {"sources": [{"files": "a.h5"}]}}, "data.sources[0].files"),
         ({"data": {"actions": ["linear_x", "linear_x"]}}, "data.actions"),
         ({"data": {"val_share": 0.0}}, "data.val_share"),
-        ({"data": {"prompt_template": "no place"}}, "data.prompt_template"),
+        ({"data": {"prompt_template": "{instruction}, {instruction}"}}, "data.prompt_template"),
         ({"data": {"prompt_template": "{instruction} }"}}, "data.prompt_template"),
         ({"data": {"prompt_template": "{instruction} {other}"}}, "data.prompt_template"),
         ({"base": {"model": "kosmos", "sha256": "abc"}}, "base.sha256"),
