@@ -109,7 +109,7 @@ class Preprocessing(_Strict, frozen=True):
     """From a camera frame to the vision stage's uint8 input; mean and std are folded into the stage's weights."""
 
     color: Literal["RGB"]
-    resize: Literal["bicubic", "bilinear"]
+    resize: Literal["bicubic", "bilinear", "letterbox"]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     cameras: tuple[str, ...]

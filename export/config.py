@@ -32,7 +32,7 @@ _MAX_PROMPT = 2048
 _CHOICES = {
     "precision": (*get_args(FloatPrecision), "auto"),
     "packing": (*get_args(Packing), "auto"),
-    "resize": ("bicubic", "bilinear", "auto"),
+    "resize": ("bicubic", "bilinear", "letterbox", "auto"),
     "pixel_norm": ("clip", "none", "auto"),
     "backend": tuple(PROVIDERS),
 }
@@ -60,8 +60,8 @@ class BuildConfig:
             what the checkpoint records, else what the lab's code does with the config.
         pad_prompt_to: pad every prompt to this many tokens, 0 for its own length; by default as above. It changes the result.
         tokenizer: tokenizer.json, if it is not in the base directory.
-        resize: filter of the training data (upstream bicubic, the fork's H5 loader bilinear); auto is what the checkpoint records, else
-            bicubic.
+        resize: filter of the training data; auto is what the checkpoint records, else that of the loader that its config names (bilinear
+            for the fork's and the lab's HDF5 loaders, letterbox if they were told so, bicubic for upstream's).
         pixel_norm: clip subtracts CLIP's mean and divides by its std; none was the fork's loader before February 2026. auto is what the
             checkpoint records, else clip.
         action_range: physical values of -1 and +1, if not those of the config (norm_min, norm_max).
@@ -90,7 +90,7 @@ class BuildConfig:
     prompt_template: str | None = None
     pad_prompt_to: int | None = None
     tokenizer: Path | None = None
-    resize: Literal["bicubic", "bilinear", "auto"] = "auto"
+    resize: Literal["bicubic", "bilinear", "letterbox", "auto"] = "auto"
     pixel_norm: Literal["clip", "none", "auto"] = "auto"
     action_range: tuple[float, float] | None = None
     action_names: tuple[str, ...] = ()

@@ -184,7 +184,7 @@ def preprocessing_of(config: BuildConfig, loaded: LoadedPolicy) -> Preprocessing
     facts = loaded.facts
     resize, pixel_norm = config.resize, config.pixel_norm
     if resize == "auto":
-        resize = "bicubic" if facts is None else facts.resize
+        resize = loaded.policy.spec.resize if facts is None else facts.resize
     if pixel_norm == "auto":
         pixel_norm = "clip" if facts is None else facts.pixel_norm
     mean, std = (CLIP_MEAN, CLIP_STD) if pixel_norm == "clip" else _NO_NORM

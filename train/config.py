@@ -15,7 +15,8 @@ from typing import Any
 from bundle.errors import ConfigError, UnsupportedPolicyError
 from bundle.manifest import HeadKind
 from bundle.prompt_template import UPSTREAM
-from train.robovlms_classes import class_order
+from episodes.resize import ResizeFilter
+from train.robovlms_classes import class_order, lab_resize
 from train.robovlms_prompt import lab_prompt
 
 HEADS: dict[str, HeadKind] = {
@@ -61,7 +62,8 @@ class PolicySpec:
     `normalized` says that actions were scaled from [minimum, maximum] to [-1, 1] in training; `mu` is set for mu-law companding.
     `fork` marks the 2-DoF fork's trainer or heads, for which the packing must be asked. `pad_to` is the length of every prompt in tokens,
     None where it has its own; `prompt_source` says where text and length are from. `classes` are those of a class head in order, empty
-    where they must be stated; `classes_source` says where the order is from, or why there is none.
+    where they must be stated; `classes_source` says where the order is from, or why there is none. `resize` is how the loader that the
+    config names resized frames.
     """
 
     head: HeadSpec
@@ -81,6 +83,7 @@ class PolicySpec:
     prompt_source: str = ""
     classes: tuple[str, ...] = ()
     classes_source: str = ""
+    resize: ResizeFilter = "bicubic"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -184,6 +187,7 @@ def policy_spec(config: dict[str, Any]) -> PolicySpec:
         prompt_source=prompt.source,
         classes=order.names if classes else (),
         classes_source=order.source if classes else "",
+        resize=lab_resize(config),
     )
 
 

@@ -35,7 +35,7 @@ class TrainingFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     packing: Packing
     x_attn_causal: bool
-    resize: Literal["bicubic", "bilinear"]
+    resize: Literal["bicubic", "bilinear", "letterbox"]
     pixel_norm: Literal["clip", "none"]
     action_names: tuple[str, ...]
     action_minimum: float

@@ -59,7 +59,7 @@ class Stated:
     tokenizer: Path | None = None
     packing: Packing | Literal["auto"] = "auto"
     x_attn_causal: bool | None = None
-    resize: Literal["bicubic", "bilinear", "auto"] = "auto"
+    resize: Literal["bicubic", "bilinear", "letterbox", "auto"] = "auto"
     pixel_norm: Literal["clip", "none", "auto"] = "auto"
     action_range: tuple[float, float] | None = None
     action_names: tuple[str, ...] = ()
@@ -155,9 +155,9 @@ class CheckpointPredictor:
         self._stream: ReferenceStream | None = None
         self._size = loaded.base.kosmos.vision_config.image_size
         otherwise = "default" if facts is None else "recorded"
-        self._resize: Literal["bicubic", "bilinear"]
+        self._resize: Literal["bicubic", "bilinear", "letterbox"]
         if stated.resize == "auto":
-            self._resize, resize_source = "bicubic" if facts is None else facts.resize, otherwise
+            self._resize, resize_source = loaded.policy.spec.resize if facts is None else facts.resize, otherwise
         else:
             self._resize, resize_source = stated.resize, "stated"
         if stated.pixel_norm == "auto":

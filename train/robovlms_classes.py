@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from episodes.resize import ResizeFilter
 from train.action_classes import ORDERS
 
 _NAV, _FORK = "NavDataset", "MobileVLAH5Dataset"
@@ -43,6 +44,14 @@ def dataset_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     found = config.get("train_dataset")
     first = found[0] if isinstance(found, list) and found else found
     return first if isinstance(first, Mapping) else {}
+
+
+def lab_resize(config: Mapping[str, Any]) -> ResizeFilter:
+    """How the loader that a RoboVLMs config names brings frames to the model's size."""
+    dataset = dataset_of(config)
+    if dataset.get("resize_mode") == "letterbox":
+        return "letterbox"
+    return "bilinear" if dataset.get("type") in (_NAV, _FORK) else "bicubic"
 
 
 def is_v5(dataset: Mapping[str, Any]) -> bool:

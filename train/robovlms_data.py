@@ -46,7 +46,7 @@ def data_settings(lab: LabConfig, spec: PolicySpec, words: dict[str, Any], class
         "window": spec.window,
         "chunk": spec.chunk,
         "action_range": _action_range(lab, spec, fork=fork),
-        "resize": lab.get("jetvla.resize", "bilinear" if fork else "bicubic"),
+        "resize": lab.get("jetvla.resize", "letterbox" if _letterboxed(lab) else "bilinear" if fork else "bicubic"),
         "pixel_norm": _pixel_norm(lab, fork=fork),
         **words,
     }
@@ -81,6 +81,17 @@ def augment_settings(lab: LabConfig) -> dict[str, Any]:
             "counterfactual_stop_prob: the sentences that stop the robot are augment.stop_words; the loader has its own"
         )
     return augment
+
+
+def _letterboxed(lab: LabConfig) -> bool:
+    modes = {lab.get(f"{path}.resize_mode", "direct") for path in lab.datasets("train_dataset")}
+    if len(modes) > 1 or not modes <= {"direct", "letterbox"}:
+        raise lab.unusable("train_dataset", expected="one resize_mode, direct or letterbox")
+    if modes == {"letterbox"} and any(
+        lab.get(f"{path}.use_random_crop", False) for path in lab.datasets("train_dataset")
+    ):
+        lab.assume("resize_mode letterbox: the loader leaves it out where use_random_crop crops; here both are done")
+    return modes == {"letterbox"}
 
 
 def box_annotations(lab: LabConfig) -> Path | None:
@@ -134,7 +145,8 @@ def _source(lab: LabConfig, path: str) -> dict[str, Any]:
 
 
 def _files(lab: LabConfig, path: str) -> str:
-    folder = str(lab.require(f"{path}.data_dir")).rstrip("/")
+    mixed = lab.get(f"{path}.data_root_dir") if lab.get(f"{path}.data_dir") is None else None
+    folder = str(mixed or lab.require(f"{path}.data_dir")).rstrip("/")
     kind = lab.get(f"{path}.type", "no type")
     if not is_h5(lab):
         lab.assume(f"{path}.type {kind} is not read; H5 episodes are looked for in {folder}")

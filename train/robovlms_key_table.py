@@ -78,7 +78,7 @@ ACTS: dict[str, str] = {
 
 # Of each object in train_dataset and val_dataset.
 DATASET_ACTS: dict[str, str] = {
-    **_keys(TEXT, "type data_dir episode_pattern instruction_preset"),
+    **_keys(TEXT, "type data_dir data_root_dir episode_pattern instruction_preset resize_mode"),
     **_keys(
         FLAG, "augment use_color_jitter use_random_crop is_validation curvature_only stratified_split grounding_prefix"
     ),
@@ -124,7 +124,7 @@ DATASET_REFUSED: dict[str, Refused] = {
     "counterfactual_steer_prob": Refused(
         NUMBER, _off, "0: recorded actions under the words that they were recorded with"
     ),
-    "resize_mode": Refused(TEXT, lambda value: value == "direct", "direct: frames are squashed to a square"),
+    "letterbox_fill": Refused(WHOLE, _off, "0: black bars"),
 }
 
 
@@ -214,8 +214,7 @@ DATASET_NO_EFFECT: dict[str, str] = {
     **_unread(_COUNTS.format("fwd_pred_next_n"), "chunk_size"),
     **_unread("no loader reads it", "history_dropout_prob augmentation normalize_actions instruction_filter"),
     **_unread("a loader reads use_random_crop and use_color_jitter", "random_crop color_jitter"),
-    **_unread("read with resize_mode letterbox only", "letterbox_fill"),
-    **_unread(_ELSEWHERE, "data_mix data_root_dir image_aug organize_type shuffle_buffer_size window_sample"),
+    **_unread(_ELSEWHERE, "data_mix image_aug organize_type shuffle_buffer_size window_sample"),
 }
 
 

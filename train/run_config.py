@@ -88,7 +88,7 @@ class DataConfig(_Strict, frozen=True):
         chunk: n, actions that are predicted at each frame.
         action_range: physical values that become -1 and +1; what exceeds them is clipped. `auto` takes the largest absolute action of the
             training set, symmetrically; the run records it.
-        resize: filter of the squash to the model's image size.
+        resize: filter of the squash to the model's image size; letterbox keeps the aspect ratio, in the middle of a black square.
         pixel_norm: clip subtracts CLIP's mean and divides by its std.
         val_share: share of the episodes that validates.
         split: a saved split file; by default one is drawn and saved with the run.
@@ -105,7 +105,7 @@ class DataConfig(_Strict, frozen=True):
     window: Positive = 8
     chunk: Positive = 10
     action_range: Literal["auto"] | tuple[float, float] = "auto"
-    resize: Literal["bicubic", "bilinear"] = "bilinear"
+    resize: Literal["bicubic", "bilinear", "letterbox"] = "bilinear"
     pixel_norm: Literal["clip", "none"] = "clip"
     val_share: Share = 0.2
     split: str | None = None

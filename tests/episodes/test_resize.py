@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 from PIL import Image
 
@@ -41,3 +43,23 @@ def test_a_view_of_another_memory_order() -> None:
 def test_it_needs_no_hdf5() -> None:
     program = "import sys; sys.modules['h5py'] = None; import episodes.resize"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+@settings(max_examples=30, deadline=None)
+@given(height=st.integers(1, 90), width=st.integers(1, 90), size=st.integers(1, 48))
+def test_a_letterbox_keeps_the_aspect_ratio_in_a_black_square(height: int, width: int, size: int) -> None:
+    """As the lab's loader does it with Pillow alone: resized (width first, see `squash`), pasted in the middle."""
+    frame = np.random.default_rng(height * 100 + width).integers(1, 256, (height, width, 3), np.uint8)
+    image = Image.fromarray(frame)
+    scale = min(size / width, size / height)
+    sides = max(1, round(width * scale)), max(1, round(height * scale))
+    expected = Image.new("RGB", (size, size), (0, 0, 0))
+    resized = image.resize((sides[0], height), Image.BILINEAR).resize(sides, Image.BILINEAR)
+    expected.paste(resized, ((size - sides[0]) // 2, (size - sides[1]) // 2))
+
+    assert_array_equal(squash(frame, size, "letterbox"), np.asarray(expected))
+
+
+def test_a_letterbox_of_a_square_is_a_squash() -> None:
+    frame = np.random.default_rng(0).integers(0, 256, (50, 50, 3), np.uint8)
+    assert_array_equal(squash(frame, 24, "letterbox"), squash(frame, 24, "bilinear"))
