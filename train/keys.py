@@ -16,7 +16,8 @@ from dataclasses import dataclass
 _WRAPPERS = re.compile(
     r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module|module)\."
 )
-_ALIASES = ("model.base_model.model.", "base_model.model.")
+# The last one is of the fork's later trainer, which puts peft's model in the backbone's place.
+_ALIASES = ("model.base_model.model.", "base_model.model.", "backbone.base_model.model.")
 _ADAPTER = re.compile(r"\.(lora_[AB])\.([^.]+)\.(weight|bias)$")
 _UNNAMED = re.compile(r"\.lora_magnitude_vector\.weight$")
 _LONE = re.compile(r"\.(lora_embedding_[AB]|lora_magnitude_vector)\.([^.]+)(?:\.weight)?$")

@@ -29,8 +29,9 @@ def _warning(what: str, hint: str) -> Problem:
 
 
 def check_base(plan: Plan, config: RunConfig) -> Iterator[Problem]:
-    """The base is the one that the config states."""
-    if config.base.sha256 not in (None, plan.base_sha256):
+    """The base is the one that the config states; where the checkpoint to start from is missing, nobody knows."""
+    missing = config.base.weights is not None and plan.start.weights is None
+    if not missing and config.base.sha256 not in (None, plan.base_sha256):
         yield _error(
             f"base.sha256 is {str(config.base.sha256)[:12]}..., the weights in {plan.base} are {plan.base_sha256[:12]}...",
             "point base.model to the right directory, or leave base.sha256 out.",

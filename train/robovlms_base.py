@@ -107,8 +107,10 @@ def _key(digest: str, model: Path, lora: LoraConfig | None) -> str:
 def _backbone(weights: Path, model: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
     """Of any file of weights the vision-language part, whatever head it had."""
     raw = read_raw(weights)
-    adapted = lora_modules(map_keys(raw.state).names)
-    if adapted or raw.kind == "jetvla":  # how strongly adapters act, and on which weights, stands in its config
+    names = map_keys(raw.state).names
+    adapted = lora_modules(names)
+    # How strongly adapters of any kind act, and on which weights, stands in its config.
+    if any(".lora_" in name for name in names) or raw.kind == "jetvla":
         loaded = _load(weights, model)
         return _merged(loaded), {}, _told(f"the vision-language part of {weights.name}", len(adapted), merged=True)
     state = {name: tensor for name, tensor in _unaliased(raw).items() if name.startswith("backbone.")}

@@ -27,6 +27,7 @@ _PRECISIONS = {
     **dict.fromkeys(("16", "16-mixed", "16-true", "fp16"), "fp16"),
     **dict.fromkeys(("bf16", "bf16-mixed", "bf16-true"), "bf16"),
 }
+_RLDS_DATASETS = ("OpenVLADataset",)
 _PATIENCE = 3  # validations, of the fork
 
 
@@ -109,11 +110,20 @@ def _policy(values: Mapping[str, Any], lab: LabConfig, origin: str) -> PolicySpe
 
 
 def _refused(lab: LabConfig) -> list[tuple[str, object, str]]:
-    """What only several keys together say: pooling over several tokens, and box annotations that are really there."""
+    """What no single key says: pooling over several tokens, data of another kind, and box annotations that are really there."""
     found: list[tuple[str, object, str]] = []
     sampling = lab.get("act_head.down_sample", "none")
     if sampling == "pooling" and lab.get("act_head.latent", 1) > 1:
         found.append(("act_head.down_sample", sampling, "none, where act_head.latent is more than 1"))
+    for path in lab.datasets("train_dataset"):
+        if (kind := lab.get(f"{path}.type")) in _RLDS_DATASETS:
+            found.append(
+                (
+                    f"{path}.type",
+                    kind,
+                    "HDF5 episodes or a LeRobot v3 dataset; Open X-Embodiment's RLDS files are not read",
+                )
+            )
     boxes = box_annotations(lab)
     if boxes is not None:
         found.append(("grounding_aux", str(boxes), "actions alone: boxes are not learned"))

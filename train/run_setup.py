@@ -139,15 +139,15 @@ def gather(loaded: LoadedConfig, bar: Bar = no_bar) -> Gathered:
     model = root / config.base.model
     kosmos = read_base_config(model)
     # Where the checkpoint is missing, everything else can still be shown; training is refused by then.
-    start = StartingPoint(model)
-    if missing_weights(loaded) is None:
+    start, complete = StartingPoint(model), missing_weights(loaded) is None
+    if complete:
         start = starting_point(config.base, config.model.lora, root=root, folder=cache / "bases")
     base = start.base
     with bar(
         "hashing the base weights", sum(file.stat().st_size for file in base.glob("model*.safetensors"))
     ) as advance:
         digest = tensors_sha256(base_weights(base), advance)
-    if config.base.sha256 is not None and config.base.sha256 != digest:
+    if complete and config.base.sha256 is not None and config.base.sha256 != digest:
         raise BaseWeightsError(
             f"{base} holds other weights than the config states",
             got=digest,

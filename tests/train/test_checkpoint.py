@@ -165,6 +165,21 @@ def test_either_name_of_the_backbone_is_enough(variant: Variant, upstream: Synth
     assert_same_policy(load(variant(drop_other)), load(upstream.checkpoint))
 
 
+def test_peft_s_model_may_stand_in_the_backbone_s_place(variant: Variant, upstream: SyntheticFiles) -> None:
+    """As in the fork's later trainer, whose state dict has the backbone once."""
+
+    def move(content: dict[str, Any]) -> None:
+        aliased, wrapped = "model.model.base_model.model.", "model.backbone.base_model.model."
+        state = content["state_dict"]
+        content["state_dict"] = {
+            key.replace("model.backbone.", wrapped, 1): value
+            for key, value in state.items()
+            if not key.startswith(aliased)
+        }
+
+    assert_same_policy(load(variant(move)), load(upstream.checkpoint))
+
+
 def test_aliases_with_storages_of_their_own_may_agree(variant: Variant, upstream: SyntheticFiles) -> None:
     def unshare(content: dict[str, Any]) -> None:
         content["state_dict"] = unshared(content["state_dict"])

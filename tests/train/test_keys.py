@@ -28,6 +28,11 @@ LINEAR = "backbone.text_model.model.layers.0.self_attn.q_proj"
         (f"model.{LINEAR}.lora_B.robot.weight", f"{LINEAR}.lora_B.weight"),
         (f"model.model.base_model.model.{LINEAR.removeprefix('backbone.')}.base_layer.weight", f"{LINEAR}.weight"),
         (f"model.base_model.model.{LINEAR.removeprefix('backbone.')}.weight", f"{LINEAR}.weight"),
+        (f"model.backbone.base_model.model.{LINEAR.removeprefix('backbone.')}.base_layer.weight", f"{LINEAR}.weight"),
+        (
+            f"model.backbone.base_model.model.{LINEAR.removeprefix('backbone.')}.lora_A.default.weight",
+            f"{LINEAR}.lora_A.weight",
+        ),
         ("text_model.model.layer_norm.bias", "backbone.text_model.model.layer_norm.bias"),
         ("image_to_text_projection.latent_query", "backbone.image_to_text_projection.latent_query"),
         ("model.act_head.rnn.weight_ih_l0", "act_head.rnn.weight_ih_l0"),

@@ -231,6 +231,8 @@ def test_missing_weights_are_named_as_the_config_does_and_the_plan_is_shown_all_
     assert "trains" in shown
     assert "act_head adapters" not in shown
     assert "text_model adapters" in shown
+    with pytest.raises(ConfigError, match=f"^{key} does not exist: .*no.pt"):  # and not the hash of another base
+        launch(path, [f"base.sha256={'0' * 64}"], dry_run=True, console=console)
     with pytest.raises(ConfigError, match=r"^base\.weights does not exist: .*other.pt"):
         launch(path, ["base.weights=other.pt"], console=console)
 

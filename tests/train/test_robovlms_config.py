@@ -286,6 +286,14 @@ def test_adapters_that_peft_or_the_lab_would_refuse(key: str, value: object) -> 
         run(**{f"train_setup__{key}": value})
 
 
+def test_open_x_embodiment_s_files_are_refused_by_their_loader_s_name() -> None:
+    dataset = {"type": "OpenVLADataset", "data_root_dir": "datasets/oxe", "data_mix": "rt_1", "model_name": "kosmos"}
+    with pytest.raises(
+        UnsupportedPolicyError, match=r"train_dataset\.type = 'OpenVLADataset'(.|\n)*RLDS files are not read"
+    ):
+        run(train_dataset=dataset, use_hand_rgb=True)
+
+
 def test_the_hand_camera() -> None:
     assert run().data.cameras == ("static",)
     assert run(use_hand_rgb=True).data.cameras == ("hand", "static")
