@@ -34,6 +34,10 @@ class ConfigError(JetvlaError):
     """A training config, robot file or command line that contradicts itself or the checkpoint."""
 
 
+class InputFileError(JetvlaError):
+    """A file that is no regular one, or larger, deeper or longer than anything of its kind (bundle/reading_limits.py)."""
+
+
 class CheckpointError(JetvlaError):
     """A checkpoint that cannot be read safely and completely."""
 
