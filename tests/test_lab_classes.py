@@ -59,6 +59,7 @@ def lab_config(folder: Path) -> dict[str, Any]:
     """The lab's eight classes, as its runs of April 2026 have them; small, and with a rate for a tiny model."""
     dataset = {
         "type": "NavDataset",
+        "min_episode_frames": 2,
         "data_dir": str(folder / "episodes"),
         "episode_pattern": "*.h5",
         "model_name": "kosmos",
