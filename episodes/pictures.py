@@ -82,16 +82,8 @@ def decode_picture(
             hint="other formats, and raw pixels, are not taken.",
             fault="format",
         )
-    image: JpegImagePlugin.JpegImageFile | PngImagePlugin.PngImageFile
     try:
-        # By its class: `Image.open` looks for further pictures in a JPEG and then calls it by another name.
-        if data.startswith(_JPEG):
-            scans = _check_segments(data)
-            image = JpegImagePlugin.JpegImageFile(io.BytesIO(data))
-        else:
-            scans = 1
-            _check_chunks(data, most_pixels)
-            image = PngImagePlugin.PngImageFile(io.BytesIO(data))
+        image, scans = _opened(data, most_pixels)
         with image:
             _check_size(image.width, image.height, most_pixels, scans)
             if image.mode not in _MODES:
@@ -100,8 +92,20 @@ def decode_picture(
             image.info.pop("transparency", None)
             return np.array(image if image.mode == "RGB" else image.convert("RGB"), np.uint8)
     except _DAMAGE as error:
-        # Pillow's word for a header that it cannot read speaks of itself.
-        raise _damaged("no header that can be read" if "this driver" in str(error) else error) from None
+        raise _damaged(error) from None
+
+
+def _opened(data: bytes, most_pixels: int) -> tuple[JpegImagePlugin.JpegImageFile | PngImagePlugin.PngImageFile, int]:
+    """The file, not decoded, and the number of its scans.
+
+    By its class, because `Image.open` looks for further pictures in a JPEG and then calls it by another name.
+    """
+    is_jpeg = data.startswith(_JPEG)
+    scans = _check_segments(data) if is_jpeg else _check_chunks(data, most_pixels)
+    try:
+        return (JpegImagePlugin.JpegImageFile if is_jpeg else PngImagePlugin.PngImageFile)(io.BytesIO(data)), scans
+    except _DAMAGE as error:
+        raise _damaged(f"no header that can be read ({error})") from None
 
 
 def _check_segments(data: bytes) -> int:
@@ -124,8 +128,8 @@ def _check_segments(data: bytes) -> int:
     )
 
 
-def _check_chunks(data: bytes, most_pixels: int) -> None:
-    """What a PNG says of itself, and that its pixels are all there, which Pillow does not notice at the end of a row."""
+def _check_chunks(data: bytes, most_pixels: int) -> int:
+    """The number of scans of a PNG, which is one; that its pixels are all there, which Pillow does not notice at the end of a row."""
     chunks = list(_chunks(data))
     kinds = [kind for kind, _ in chunks]
     if kinds[:1] != [b"IHDR"] or len(chunks[0][1]) != 13:
@@ -147,6 +151,7 @@ def _check_chunks(data: bytes, most_pixels: int) -> None:
     got = _inflated((content for _, content in pixels), wanted)
     if got < wanted:
         raise _damaged(f"{got} bytes of pixels", f"{wanted}")
+    return 1
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
