@@ -113,14 +113,14 @@ def infer_conventions(config: BuildConfig, loaded: LoadedPolicy, reporter: Repor
         raise PromptError(f"{config.infer_from} has no instruction", hint="choose a training episode that has one.")
     recorded = _recorded(config, loaded, episode)
     candidates = _distinct(_hypotheses(config, spec, told), told, config, loaded)
-    images: dict[bool, Tensor] = {}
+    images: dict[tuple[bool, bool], Tensor] = {}
     errors = []
     with reporter.count_bar("inferring conventions", len(candidates)) as advance, torch.inference_mode():
         for hypothesis, slots in candidates:
             policy.conventions = hypothesis.conventions
-            causal = hypothesis.conventions.x_attn_causal
-            if causal not in images:
-                images[causal] = torch.stack(
+            seen = hypothesis.conventions.x_attn_causal, policy.resamples
+            if seen not in images:
+                images[seen] = torch.stack(
                     [
                         policy.image_tokens(normalize_frames(frames, preprocessing.mean, preprocessing.std)).flatten(
                             0, 1
@@ -128,7 +128,7 @@ def infer_conventions(config: BuildConfig, loaded: LoadedPolicy, reporter: Repor
                         for frames in episode.frames
                     ]
                 )
-            errors.append(recorded.error(_play(policy, images[causal], slots)))
+            errors.append(recorded.error(_play(policy, images[seen], slots)))
             advance()
     hypotheses = [hypothesis for hypothesis, _ in candidates]
     _show(hypotheses, errors, recorded, reporter)

@@ -48,7 +48,7 @@ def stage_dims(
         window=policy.spec.window,
         chunk=policy.spec.chunk,
         head=policy.spec.head,
-        perceiver=DEPTH if policy.spec.vision_resampler else 0,
+        perceiver=DEPTH if policy.resamples else 0,
     )
 
 

@@ -31,6 +31,12 @@ from train.trained_parts import check_base, check_held
 
 T = TypeVar("T")
 _LISTED = 12
+VISION_RESAMPLER = "vision_resampler."
+_HEADS_BY_PART = {
+    "act_head.actions.": "LSTMDecoder (one arm column and a gripper, where act_head.action_dim is 2)",
+    "act_head.velocities.": "MobileVLALSTMDecoder",
+    "act_head.logits.": "MobileVLAClassificationDecoder",
+}
 _MAX_PROMPT = 2048  # Kosmos-2's max_position_embeddings
 
 
@@ -68,6 +74,13 @@ class LoadedPolicy:
     def adapted(self) -> tuple[str, ...]:
         """Paths of all modules that the checkpoint has adapters for."""
         return self.policy.adapted or self.folded
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """Canonical names of weights that the policy's packing never comes to."""
+        if self.policy.resamples:
+            return ()
+        return tuple(name for name in self.state if name.startswith(VISION_RESAMPLER))
 
     @property
     def facts(self) -> TrainingFacts | None:
@@ -426,7 +439,8 @@ def _check_names(
     problems = []
     if missing := sorted(set(shapes) - set(state)):
         problems.append(f"missing {_some(missing)}")
-    if unknown := sorted(set(state) - set(shapes)):
+    unknown = sorted(set(state) - set(shapes))
+    if unknown:
         problems.append(f"unknown {_some(unknown)}")
     wrong = [
         f"{name} {list(state[name].shape)}, not {list(shape)}"
@@ -442,8 +456,16 @@ def _check_names(
             f"the weights of {path.name} do not fit its config and base",
             got="; ".join(problems),
             expected=f"exactly the {len(shapes)} parameters of {policy.spec.head.kind} on this base",
-            hint="a wrong --base or --config is the usual cause.",
+            hint=_other_head(unknown) or "a wrong --base or --config is the usual cause.",
         )
+
+
+def _other_head(unknown: list[str]) -> str | None:
+    """The hint where the file has another head than its config says: some of the lab's code calls upstream's head by the fork's name."""
+    for part, kind in _HEADS_BY_PART.items():
+        if any(name.startswith(part) for name in unknown):
+            return f"these are the weights of {kind}: pass a config that says so in act_head.type, with --config."
+    return None
 
 
 def _check_finite(path: Path, state: Mapping[str, Tensor]) -> None:

@@ -19,6 +19,7 @@ from bundle.reading_limits import read_json as limited_json
 from episodes.resize import ResizeFilter
 from train.robovlms_classes import class_order, lab_resize
 from train.robovlms_prompt import lab_prompt
+from train.robovlms_variants import refuse_variants, unknown_head
 
 HEADS: dict[str, HeadKind] = {
     "LSTMDecoder": "actions_gripper",
@@ -142,16 +143,12 @@ def policy_spec(config: dict[str, Any]) -> PolicySpec:
         ConfigError: a key is missing or has a value of the wrong type.
         UnsupportedPolicyError: a variant that jetvla knows by name and does not build.
     """
-    _refuse_rare(config)
+    refuse_variants(config)
     _refuse_magnitudes(config)
     act = _section(config, "act_head")
     head_type = _get(act, "type", str, "act_head.type")
     if head_type not in HEADS:
-        raise UnsupportedPolicyError(
-            f"unknown action head {head_type!r}",
-            expected=", ".join(HEADS),
-            hint="only LSTM heads are built; FCDecoder, GPTDecoder and diffusion heads are not.",
-        )
+        raise unknown_head(head_type, HEADS)
     kind = HEADS[head_type]
     classes = kind == "classes"
     head = HeadSpec(
@@ -209,32 +206,6 @@ def policy_spec(config: dict[str, Any]) -> PolicySpec:
         resize=lab_resize(config),
         vision_resampler=bool(config.get("use_vision_resampler", False)),
     )
-
-
-def _refuse_rare(config: dict[str, Any]) -> None:
-    act = config.get("act_head") if isinstance(config.get("act_head"), dict) else {}
-    assert isinstance(act, dict)
-    rare = {
-        "model": config.get("model", "kosmos") != "kosmos",
-        "fwd_head": config.get("fwd_head") is not None,
-        "tcp_rel": bool(config.get("tcp_rel", False)),
-        "regular_action": bool(config.get("regular_action", False)),
-        "act_head.history_type": act.get("history_type", "post") != "post",
-        "act_head.action_space": act.get("action_space", "continuous") != "continuous",
-        "act_head.down_sample": act.get("down_sample", "none") not in ("none", "pooling"),
-        "act_head.fill_zero": bool(act.get("fill_zero", False)),
-        "act_head.instr_in_features": act.get("instr_in_features") is not None,
-        "act_head.text_in_features": act.get("text_in_features") is not None,
-    }
-    for key, refused in rare.items():
-        if refused:
-            section, _, leaf = key.rpartition(".")
-            value = act.get(leaf) if section else config.get(leaf)
-            raise UnsupportedPolicyError(
-                f"this policy uses {key} = {value!r}, which jetvla does not build",
-                expected="frozen or LoRA Kosmos-2, `post` history, continuous actions, LSTM head",
-                hint="open an issue with the config if you need it; nothing was written.",
-            )
 
 
 def _refuse_magnitudes(config: dict[str, Any]) -> None:

@@ -221,6 +221,8 @@ def _model_problems(config: RunConfig) -> Iterator[Problem]:
             yield f"model.{key}", ", ".join(getattr(model, key)), 'model.head = "classes" with it'
     if model.packing == "fork_overwrite" and model.latent > 1:
         yield "model.latent", model.latent, "1: fork_overwrite is not defined for more"
+    if model.packing == "fork_overwrite" and model.vision_resampler:
+        yield "model.vision_resampler", "true", "false: under fork_overwrite the image tokens are Kosmos-2's own"
     if not model.freeze_backbone and model.lora.targets != "none":
         yield "model.freeze_backbone", "false", 'model.lora.targets = "none" with it: adapters leave the base frozen'
     yield from _target_problems(model.lora)

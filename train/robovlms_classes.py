@@ -46,12 +46,17 @@ def dataset_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return first if isinstance(first, Mapping) else {}
 
 
+def reads_hdf5(dataset: Mapping[str, Any]) -> bool:
+    """Whether the loader is one of the two for HDF5 episodes."""
+    return dataset.get("type") in (_NAV, _FORK)
+
+
 def lab_resize(config: Mapping[str, Any]) -> ResizeFilter:
     """How the loader that a RoboVLMs config names brings frames to the model's size."""
     dataset = dataset_of(config)
     if dataset.get("resize_mode") == "letterbox":
         return "letterbox"
-    return "bilinear" if dataset.get("type") in (_NAV, _FORK) else "bicubic"
+    return "bilinear" if reads_hdf5(dataset) else "bicubic"
 
 
 def is_v5(dataset: Mapping[str, Any]) -> bool:

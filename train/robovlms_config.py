@@ -18,6 +18,7 @@ from train.robovlms_data import augment_settings, box_annotations, data_settings
 from train.robovlms_heads import class_settings, prompt_settings
 from train.robovlms_keys import LabConfig, Notes
 from train.robovlms_lora import lora_settings
+from train.robovlms_variants import names_kosmos
 from train.robovlms_weights import weights_settings
 
 __all__ = ["Notes", "from_robovlms", "is_robovlms"]
@@ -83,7 +84,7 @@ def _loss(lab: LabConfig, head: str) -> dict[str, Any]:
 
 def _policy(values: Mapping[str, Any], lab: LabConfig, origin: str) -> PolicySpec:
     """What the exporter's reader makes of the config, and the refusal of what we cannot train."""
-    lab.refuse(*_refused(lab))
+    lab.refuse(*_refused(lab, values))
     plain = copy.deepcopy(dict(values))
     kind = lab.require("act_head.type")
     width = lab.get("act_head.action_dim")
@@ -114,9 +115,14 @@ def _policy(values: Mapping[str, Any], lab: LabConfig, origin: str) -> PolicySpe
     return spec
 
 
-def _refused(lab: LabConfig) -> list[tuple[str, object, str]]:
-    """What no single key says: pooling over several tokens, and box annotations that are really there."""
+def _refused(lab: LabConfig, values: Mapping[str, Any]) -> list[tuple[str, object, str]]:
+    """What no single key says: another backbone, pooling over several tokens, and box annotations that are really there."""
     found: list[tuple[str, object, str]] = []
+    model = lab.get("model")
+    if not names_kosmos(model, values):
+        found.append(("model", model, "kosmos: Kosmos-2 is the backbone"))
+    elif model not in (None, "kosmos"):
+        lab.assume(f"model {model} is a name of folders only: robovlm_name says that the backbone is Kosmos-2")
     sampling = lab.get("act_head.down_sample", "none")
     if sampling == "pooling" and lab.get("act_head.latent", 1) > 1:
         found.append(("act_head.down_sample", sampling, "none, where act_head.latent is more than 1"))
@@ -153,8 +159,7 @@ def _model(lab: LabConfig, spec: PolicySpec) -> dict[str, Any]:
         "gradient_checkpointing": lab.get(setup + "gradient_checkpointing", False),
         "train_text_embedding": lab.get(setup + "train_text_embedding", False),
         "train_projection": _tunes_projection(lab),
-        "vision_resampler": lab.get("use_vision_resampler", False),
-        "freeze_resampler": lab.get("use_vision_resampler", False) and lab.get(setup + "freeze_resampler", False),
+        **_resampler(lab),
         "lora": {"targets": "none"},
     }
     if spec.fork and lab.get("jetvla.packing") is None:
@@ -177,6 +182,16 @@ def _model(lab: LabConfig, spec: PolicySpec) -> dict[str, Any]:
     if not frozen and layers > 0:
         model["train_decoder_layers"] = layers
     return model
+
+
+def _resampler(lab: LabConfig) -> dict[str, Any]:
+    """RoboVLMs' own resampler, where its row is used."""
+    if not lab.get("use_vision_resampler", False):
+        return {}
+    if lab.get("jetvla.packing") == "fork_overwrite":
+        lab.assume("use_vision_resampler has no effect: under fork_overwrite the image tokens are Kosmos-2's own")
+        return {}
+    return {"vision_resampler": True, "freeze_resampler": lab.get("train_setup.freeze_resampler", False)}
 
 
 def _tunes_projection(lab: LabConfig) -> bool:

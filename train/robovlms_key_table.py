@@ -45,7 +45,7 @@ ACTS: dict[str, str] = {
     **_keys(WHOLE, "window_size fwd_pred_next_n seed batch_size num_workers warmup_steps"),
     **_keys(NUMBER, "learning_rate min_lr_scale weight_decay warmup_epochs gradient_clip_val"),
     **_keys(NUMBER, "arm_gripper_loss_ratio norm_min norm_max mu_val"),
-    **_keys(TEXT, "robovlm_name exp_name task_name trainer_type scheduler output_root"),
+    **_keys(TEXT, "model robovlm_name exp_name task_name trainer_type scheduler output_root"),
     **_keys(TEXT, "model_load_path model_load_source pretrained_vlm_path resume"),
     **_keys(FLAG, "use_hand_rgb use_vision_resampler load_vlm_only norm_action"),
     **_keys(NUMBERS, "image_mean image_std"),
@@ -90,7 +90,6 @@ DATASET_ACTS: dict[str, str] = {
 
 _ONE_LOSS = "actions are all that is learned"
 REFUSED: dict[str, Refused] = {
-    "model": Refused(TEXT, lambda value: value == "kosmos", "kosmos: Kosmos-2 is the backbone"),
     "image_size": Refused(WHOLE, lambda value: value == 224, "224, the size of Kosmos-2's position table"),
     "use_mu_law": Refused(FLAG, _off, "actions on a linear scale"),
     "use_clip_norm": Refused(

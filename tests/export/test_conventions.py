@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,19 @@ def test_the_conventions_that_drove_an_episode_are_found(
     assert (manifest.prompt.packing, manifest.x_attn_causal) == (packing, x_attn_causal)
     assert manifest.prompt.packing_source == manifest.x_attn_causal_source == "inferred from episode.h5"
     assert manifest.parity.verdict == "PASS"
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_resampler_counts_in_the_layout_that_uses_it(
+    synthetic: MakeSynthetic, tmp_path: Path, packing: Packing
+) -> None:
+    files = synthetic(replace(FORK, vision_resampler=True))
+    episode = drive(files, tmp_path, packing)
+    log = quietly(config(files, tmp_path, episode, x_attn_causal=False))
+    manifest = assert_complete(tmp_path / "policy.bundle")
+    assert (manifest.prompt.packing, manifest.parity.verdict) == (packing, "PASS")
+    idle = [name for name in manifest.source.ignored_keys if name.startswith("vision_resampler.")]
+    assert bool(idle) == (packing == "fork_overwrite") == ("use_vision_resampler has no effect" in log)
 
 
 def test_what_is_stated_is_not_inferred(synthetic: MakeSynthetic, tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ VARIANTS = (
     TinyOptions(x_attn_causal=True, hand_camera=True, latent=2),
     TinyOptions(vision_resampler=True),
     TinyOptions(vision_resampler=True, hand_camera=True, scale_embedding=False),
+    TinyOptions(vision_resampler=True, packing="fork_overwrite"),
     TinyOptions(norm="none"),
     TinyOptions(scale_embedding=False),
     TinyOptions(text_layers=1, vision_layers=1, lstm_layers=1),

@@ -396,3 +396,26 @@ def test_a_stated_config_whose_parent_is_gone_is_refused(upstream: SyntheticFile
     (tmp_path / "child.json").write_text(json.dumps({"parent": "gone.json"}))
     with pytest.raises(ConfigError, match=r"gone\.json does not exist\n  got:      named by .*child\.json"):
         load(upstream.checkpoint, config=tmp_path / "child.json")
+
+
+@pytest.mark.parametrize(
+    ("head", "stated", "true"),
+    [
+        ("actions_gripper", "MobileVLALSTMDecoder", "LSTMDecoder (one arm column and a gripper"),
+        ("velocities", "LSTMDecoder", "MobileVLALSTMDecoder"),
+        ("classes", "NavPolicyRegression", "MobileVLAClassificationDecoder"),
+    ],
+)
+def test_a_config_that_names_another_head_is_told_which_one_the_file_has(
+    synthetic: MakeSynthetic, tmp_path: Path, head: Any, stated: str, true: str
+) -> None:
+    """In some of the lab's code MobileVLALSTMDecoder was another name of upstream's LSTMDecoder."""
+    files = synthetic(SyntheticOptions(head=head, action_dim=2, lora=False))
+
+    def name_it(content: dict[str, Any]) -> None:
+        configs(content)["act_head"] |= {"type": stated, "action_dim": 2}
+
+    path = rewrite(files.checkpoint, tmp_path / "other.ckpt", name_it)
+    with pytest.raises(CheckpointError, match="do not fit its config and base") as caught:
+        load(path, base=files.base, packing="upstream")
+    assert f"these are the weights of {true}" in caught.value.hint

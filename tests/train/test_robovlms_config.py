@@ -334,6 +334,23 @@ def test_packing_is_the_right_one_unless_told_otherwise() -> None:
     assert "words are invisible" not in assumed(jetvla={"packing": "upstream"})
 
 
+def test_a_resampler_trains_where_its_row_is_used() -> None:
+    lab = {"use_vision_resampler": True, "train_setup__freeze_resampler": True}
+    assert (run(**lab).model.vision_resampler, run(**lab).model.freeze_resampler) == (True, True)
+    overwritten = {**lab, "jetvla": {"packing": "fork_overwrite"}}
+    assert not run(**overwritten).model.vision_resampler
+    assert "use_vision_resampler has no effect" in assumed(**overwritten)
+
+
+def test_another_kosmos_is_a_name_of_folders() -> None:
+    """The class, its weights and the loader of HDF5 episodes do not ask for it."""
+    assert "model kosmos-g is a name of folders only" in assumed(model="kosmos-g")
+    assert "model kosmos" not in assumed()
+    for changes in ({"model": "paligemma"}, {"model": "kosmos-g", "train_dataset__type": "DiskCalvinDataset"}):
+        with pytest.raises(UnsupportedPolicyError, match=r"lab\.json: model = "):
+            run(**changes)
+
+
 def test_facts_that_our_trainer_recorded_count() -> None:
     facts = {
         "packing": "upstream",

@@ -69,7 +69,7 @@ def test_no_known_key_is_called_unknown(key: str) -> None:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("model", "kosmos-g"),
+        ("model", "paligemma"),
         ("use_clip_norm", True),
         ("train_setup__predict_action", False),
         ("train_setup__predict_caption", True),
