@@ -287,6 +287,7 @@ def _prompt(
                 latent=dims.head.latent,
                 pad_id=text.pad_token_id,
             ).length
+            + dims.head.told
         )
         for ids in candidates
     }
@@ -305,6 +306,7 @@ def _prompt(
         embed_scale=dims.embed_scale,
         buckets=tuple(sorted(set(bucket_of.values()))),
         instructions=instructions,
+        told=dims.head.told,
     )
     return spec, tuple(verified)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import Kosmos2Config
 
-from bundle.errors import BaseWeightsError, CheckpointError, ConfigError
+from bundle.errors import BaseWeightsError, CheckpointError, ConfigError, UnsupportedPolicyError
 from bundle.manifest import Packing
 from bundle.prompt_template import UPSTREAM, is_template
 from train.adapter_merge import check_kinds, fold, needs_folding
@@ -141,6 +141,7 @@ def load(
     if folding:
         spec = replace(spec, lora=None)
 
+    _check_told(path, spec, settings, located.kosmos)
     policy = _empty_policy(spec, located.kosmos, conventions, () if folding else adapted)
     expected = map_keys(policy.state_dict()).names
     from_base, base_sha256 = _fill_from_base(raw, located, state, expected)
@@ -437,7 +438,8 @@ def _check_names(
 ) -> None:
     shapes = {name: tuple(policy.get_parameter(raw[0]).shape) for name, raw in expected.items()}
     problems = []
-    if missing := sorted(set(shapes) - set(state)):
+    missing = sorted(set(shapes) - set(state))
+    if missing:
         problems.append(f"missing {_some(missing)}")
     unknown = sorted(set(state) - set(shapes))
     if unknown:
@@ -456,7 +458,23 @@ def _check_names(
             f"the weights of {path.name} do not fit its config and base",
             got="; ".join(problems),
             expected=f"exactly the {len(shapes)} parameters of {policy.spec.head.kind} on this base",
-            hint=_other_head(unknown) or "a wrong --base or --config is the usual cause.",
+            hint=_other_head(unknown) or _not_told(missing) or "a wrong --base or --config is the usual cause.",
+        )
+
+
+def _check_told(path: Path, spec: PolicySpec, settings: Mapping[str, Any], kosmos: Kosmos2Config) -> None:
+    """Whether what the head is told is the prompt.
+
+    Raises:
+        UnsupportedPolicyError: it is something else, which the file does not hold.
+    """
+    stated, width = settings["act_head"].get("instr_in_features"), kosmos.text_config.embed_dim
+    if spec.head.told and stated != width:
+        raise UnsupportedPolicyError(
+            f"{path.name} uses act_head.instr_in_features = {stated!r}, which jetvla does not build",
+            expected=f"{width}, the width of this base's word embeddings, whose mean the head is told",
+            hint="embeddings of another width stand in a file of the lab's loader: it would take that file at every reset. "
+            "Nothing was written.",
         )
 
 
@@ -465,6 +483,13 @@ def _other_head(unknown: list[str]) -> str | None:
     for part, kind in _HEADS_BY_PART.items():
         if any(name.startswith(part) for name in unknown):
             return f"these are the weights of {kind}: pass a config that says so in act_head.type, with --config."
+    return None
+
+
+def _not_told(missing: list[str]) -> str | None:
+    """The hint where the run's code did not know of heads that are told the instruction."""
+    if missing and all(name.startswith("act_head.instr_proj.") for name in missing):
+        return "if the code of the run did not know act_head.instr_in_features, pass a config without the key, with --config."
     return None
 
 

@@ -44,7 +44,10 @@ _MOST_BY_KEY = {
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """The LSTM action head. `outputs` is the width of one chunk step: velocities (+ gripper logit), or classes."""
+    """The LSTM action head. `outputs` is the width of one chunk step: velocities (+ gripper logit), or classes.
+
+    `told` says that the head hears the instruction beside the feature: the mean of the prompt's word embeddings, projected, is added to it.
+    """
 
     kind: HeadKind
     outputs: int
@@ -52,6 +55,7 @@ class HeadSpec:
     layers: int
     latent: int
     pooling: bool
+    told: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,6 +162,8 @@ def policy_spec(config: dict[str, Any]) -> PolicySpec:
         layers=_size(act, "num_layers", "act_head.", 4),
         latent=_size(act, "latent", "act_head.", 1),
         pooling=act.get("down_sample", "none") == "pooling",
+        # The lab's class heads read the key, the others take any and look at none.
+        told=classes and act.get("instr_in_features") is not None,
     )
     if kind == "actions_gripper" and head.outputs < 2:
         raise ConfigError(

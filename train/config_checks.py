@@ -219,6 +219,8 @@ def _model_problems(config: RunConfig) -> Iterator[Problem]:
     for key in ("classes", "relabel"):
         if getattr(model, key) and model.head != "classes":
             yield f"model.{key}", ", ".join(getattr(model, key)), 'model.head = "classes" with it'
+    if model.instruction_in_head and model.head != "classes":
+        yield "model.instruction_in_head", "true", 'model.head = "classes" with it'
     if model.packing == "fork_overwrite" and model.latent > 1:
         yield "model.latent", model.latent, "1: fork_overwrite is not defined for more"
     if model.packing == "fork_overwrite" and model.vision_resampler:

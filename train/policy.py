@@ -159,7 +159,8 @@ class KosmosPolicy(nn.Module):
             inputs_embeds=embeds, attention_mask=attention, use_cache=False
         ).last_hidden_state
         cameras = images.shape[1] // self.kosmos.latent_query_num
-        return self.act_head.reduce(hidden[:, self.action_slots(token_ids.shape[1], cameras)])
+        features = self.act_head.reduce(hidden[:, self.action_slots(token_ids.shape[1], cameras)])
+        return self.act_head.tell(features, self.backbone.text_model.model.embed_tokens(token_ids))
 
     def forward(self, pixels: Tensor, token_ids: Tensor, mask: Tensor) -> Tensor:
         """Windows [B, l, cameras, 3, s, s] and prompts [B, L] to action chunks [B, l, n, A] (all l steps, zero initial state)."""

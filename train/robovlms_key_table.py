@@ -53,7 +53,7 @@ ACTS: dict[str, str] = {
     **_keys(SECTIONS, "train_dataset val_dataset"),
     **_keys(TEXT, "pretrained_model_name_or_path", section="vlm."),
     **_keys(TEXT, "type down_sample", section="act_head."),
-    **_keys(WHOLE, "hidden_size num_layers action_dim num_classes latent", section="act_head."),
+    **_keys(WHOLE, "hidden_size num_layers action_dim num_classes latent instr_in_features", section="act_head."),
     **_keys(NUMBERS, "class_weights target_class_prior", section="act_head."),
     **_keys(NUMBER, "label_smoothing prior_reg_weight action_weight_non_forward", section="act_head."),
     **_keys(
@@ -104,7 +104,6 @@ REFUSED: dict[str, Refused] = {
     "act_head.action_space": Refused(TEXT, lambda value: value == "continuous", "continuous"),
     "act_head.history_type": Refused(TEXT, lambda value: value == "post", "post: the LSTM sees the history"),
     "act_head.fill_zero": Refused(FLAG, _off, "a history that starts empty"),
-    "act_head.instr_in_features": Refused(WHOLE, _off, "words reach the head through the backbone alone"),
     "act_head.text_in_features": Refused(WHOLE, _off, "words reach the head through the backbone alone"),
     "act_head.policy_rnn_dropout_p": Refused(NUMBER, _off, "0: an LSTM without dropout"),
     "train_setup.reinit": Refused(FLAG, _off, "false: training starts from Kosmos-2's weights"),

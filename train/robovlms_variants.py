@@ -140,11 +140,6 @@ _VARIANTS = (
         "a mask in the language stage: the action tokens then see neither themselves nor each other",
     ),
     _Variant(
-        "act_head.instr_in_features",
-        _absent,
-        "the mean of the prompt's word embeddings, projected, beside every feature",
-    ),
-    _Variant(
         "act_head.text_in_features",
         _absent,
         "an attention from the LSTM's output to all tokens of the prompt, padding included, whose keys and values an action head would be "

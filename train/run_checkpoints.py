@@ -60,6 +60,8 @@ def checkpoint_config(run: RunConfig, policy: KosmosPolicy, facts: TrainingFacts
         "norm_action": spec.normalized,
         SECTION: msgspec.to_builtins(facts),
     }
+    if spec.head.told:
+        settings["act_head.instr_in_features"] = policy.kosmos.text_config.embed_dim
     return robovlms_config(
         RobovlmsRun(
             head=spec.head,

@@ -188,6 +188,8 @@ class ModelConfig(_Strict, frozen=True):
         train_vision: train the vision tower too.
         train_text_embedding: train the word embeddings too.
         train_projection: train the projection of image features, with its resampler, too.
+        instruction_in_head: tell a classes head the instruction too, as the lab's act_head.instr_in_features does: the mean of its word
+            embeddings, projected, is added to every feature.
         vision_resampler: put RoboVLMs' resampler of six layers behind Kosmos-2's, as its use_vision_resampler does.
         freeze_resampler: leave it as it starts; useful with weights to start from only.
         train_decoder_layers: of an unfrozen backbone, only the last so many text layers.
@@ -208,6 +210,7 @@ class ModelConfig(_Strict, frozen=True):
     train_vision: bool = False
     train_text_embedding: bool = False
     train_projection: bool = False
+    instruction_in_head: bool = False
     vision_resampler: bool = False
     freeze_resampler: bool = False
     train_decoder_layers: Positive | None = None

@@ -43,7 +43,8 @@ def head_spec(config: RunConfig) -> HeadSpec:
         "classes": len(model.classes or NINE),
         "actions_gripper": model.action_dim or actions + 1,
     }
-    return HeadSpec(model.head, outputs[model.head], model.hidden, model.layers, model.latent, pooling=False)
+    sizes = outputs[model.head], model.hidden, model.layers, model.latent
+    return HeadSpec(model.head, *sizes, pooling=False, told=model.instruction_in_head)
 
 
 def policy_spec_of(config: RunConfig, *, action_range: tuple[float, float], image_size: int) -> PolicySpec:

@@ -143,6 +143,18 @@ LAYOUTS = (
         },
     ),
     Layout(
+        "eight classes, told the instruction",
+        SyntheticOptions(layout="fork", head="classes", action_dim=8, told=True),
+        {"packing": "upstream", "prompt_template": "<grounding>{instruction}", "pad_prompt_to": 256},
+        {"prompt.told": True, "prompt.pad_to": 256},
+    ),
+    Layout(
+        "eight classes, told what their rows do not show",
+        SyntheticOptions(layout="fork", head="classes", action_dim=8, told=True, lora=False),
+        {"packing": "fork_overwrite"},
+        {"prompt.told": True},
+    ),
+    Layout(
         "seven classes with their commands",
         SyntheticOptions(layout="fork", head="classes", action_dim=7),
         {

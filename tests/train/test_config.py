@@ -243,6 +243,15 @@ def test_a_known_variant_that_is_not_built_is_refused_by_name(
     assert takes in caught.value.hint
 
 
+def test_class_heads_alone_are_told_the_instruction(config: Config) -> None:
+    config["act_head"]["instr_in_features"] = 2048
+    assert not policy_spec(config).head.told
+    config["act_head"] |= {"type": "NavPolicy", "num_classes": 8}
+    assert policy_spec(config).head.told
+    config["act_head"]["instr_in_features"] = None
+    assert not policy_spec(config).head.told
+
+
 @pytest.mark.parametrize("loader", ["NavDataset", "MobileVLAH5Dataset"])
 def test_another_kosmos_is_a_name_where_class_and_loader_do_not_ask(config: Config, loader: str) -> None:
     """Upstream's loaders choose the text around an instruction by it, so there it counts."""

@@ -370,6 +370,19 @@ def test_a_run_for_a_gpu_is_planned_without_one(run: Callable[..., Launch], monk
         run({"loop.precision": "fp16"})
 
 
+def test_a_head_that_is_told_trains_and_is_read_again(run: Callable[..., Launch], folder: Path) -> None:
+    settings = {"model.head": "classes", "model.instruction_in_head": True, "loop.max_steps": 2}
+    done = run({**settings, "output.lightning": True})
+    assert done.outcome is not None
+    assert done.outcome.last is not None
+    loaded = load(done.outcome.last)
+    assert loaded.policy.spec.head.told
+    assert loaded.config["act_head"]["instr_in_features"] == loaded.base.kosmos.text_config.embed_dim
+    whole = load(folder / "checkpoints" / "last.ckpt")
+    assert torch.equal(loaded.state["act_head.instr_proj.weight"], whole.state["act_head.instr_proj.weight"])
+    assert loaded.state["act_head.instr_proj.bias"].any()
+
+
 def test_robovlms_own_resampler_trains_and_is_read_again(run: Callable[..., Launch], folder: Path) -> None:
     done = run({"model.vision_resampler": True, "loop.max_steps": 2, "output.lightning": True})
     assert done.outcome is not None

@@ -342,6 +342,20 @@ def test_a_resampler_trains_where_its_row_is_used() -> None:
     assert "use_vision_resampler has no effect" in assumed(**overwritten)
 
 
+def test_a_class_head_is_told_the_instruction_where_the_lab_says_so() -> None:
+    lab = {
+        "act_head__type": "NavPolicy",
+        "act_head__num_classes": 9,
+        "act_head__instr_in_features": 2048,
+        "train_dataset__discrete_action": True,
+    }
+    assert run(**lab).model.instruction_in_head
+    assert "the mean of the prompt's word embeddings, padding included" in assumed(**lab)
+    other = {"act_head__instr_in_features": 2048}
+    assert not run(**other).model.instruction_in_head
+    assert "act_head.instr_in_features has no effect" in assumed(**other)
+
+
 def test_another_kosmos_is_a_name_of_folders() -> None:
     """The class, its weights and the loader of HDF5 episodes do not ask for it."""
     assert "model kosmos-g is a name of folders only" in assumed(model="kosmos-g")

@@ -118,6 +118,7 @@ def test_unknown_keys_are_refused_with_the_nearest_known_one(sections: Any, key:
         ({"model": {"head": "actions_gripper", "action_dim": 2}}, "model.action_dim"),
         ({"model": {"action_dim": 7}}, "model.action_dim"),
         ({"model": {"packing": "fork_overwrite", "latent": 2}}, "model.latent"),
+        ({"model": {"head": "velocities", "instruction_in_head": True}}, "model.instruction_in_head"),
         ({"model": {"packing": "fork_overwrite", "vision_resampler": True}}, "model.vision_resampler"),
         ({"model": {"freeze_backbone": False}}, "model.freeze_backbone"),
         ({"model": {"train_decoder_layers": 2}}, "model.train_decoder_layers"),
