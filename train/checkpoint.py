@@ -241,8 +241,8 @@ def decide_conventions(
             f"{raw.path.name} comes from the 2-DoF fork, and nothing in it tells how its rows were packed",
             got="packing auto",
             expected="--packing upstream, or --packing fork_overwrite",
-            hint="fork_overwrite if training ran on an unpatched transformers (the log says `pixel_values` ValueError; the words of "
-            "the instruction then had no effect); upstream if RoboVLMs' modeling_kosmos2.py was installed.",
+            hint="fork_overwrite if training ran on an unpatched transformers (the log says `pixel_values` ValueError; the decoder "
+            "then saw no words of the instruction); upstream if RoboVLMs' modeling_kosmos2.py was installed.",
         )
     else:
         chosen, source = "upstream", "inferred: upstream's trainer has no other layout"

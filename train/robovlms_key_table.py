@@ -104,7 +104,9 @@ REFUSED: dict[str, Refused] = {
     "act_head.action_space": Refused(TEXT, lambda value: value == "continuous", "continuous"),
     "act_head.history_type": Refused(TEXT, lambda value: value == "post", "post: the LSTM sees the history"),
     "act_head.fill_zero": Refused(FLAG, _off, "a history that starts empty"),
-    "act_head.text_in_features": Refused(WHOLE, _off, "words reach the head through the backbone alone"),
+    "act_head.text_in_features": Refused(
+        WHOLE, _off, "words reach the head through the backbone, or as their mean with act_head.instr_in_features"
+    ),
     "act_head.policy_rnn_dropout_p": Refused(NUMBER, _off, "0: an LSTM without dropout"),
     "train_setup.reinit": Refused(FLAG, _off, "false: training starts from Kosmos-2's weights"),
     "train_setup.predict_action": Refused(FLAG, bool, "true: actions are what is learned"),

@@ -371,8 +371,10 @@ def test_a_run_for_a_gpu_is_planned_without_one(run: Callable[..., Launch], monk
 
 
 def test_a_head_that_is_told_trains_and_is_read_again(run: Callable[..., Launch], folder: Path) -> None:
-    settings = {"model.head": "classes", "model.instruction_in_head": True, "loop.max_steps": 2}
-    done = run({**settings, "output.lightning": True})
+    """And hears words that the fork's rows do not show."""
+    settings = {"model.head": "classes", "model.instruction_in_head": True, "model.packing": "fork_overwrite"}
+    done = run({**settings, "loop.max_steps": 2, "output.lightning": True})
+    assert (read_run(folder).epochs[-1].value("instruction_sensitivity") or 0) > 0
     assert done.outcome is not None
     assert done.outcome.last is not None
     loaded = load(done.outcome.last)

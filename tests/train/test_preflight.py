@@ -207,6 +207,8 @@ class TestChecks:
             checks.check_packing(plan, config(model={"packing": "fork_overwrite"}))
         )
         assert not text_of(checks.check_packing(plan, config()))
+        told = {"head": "classes", "packing": "fork_overwrite", "instruction_in_head": True}
+        assert "but hear their mean in its head" in text_of(checks.check_packing(plan, config(model=told)))
 
     def test_axes(self, plan: Plan) -> None:
         still = replace(plan.axes[0], minimum=0.0, maximum=0.0)
