@@ -119,7 +119,7 @@ def _refused(lab: LabConfig, values: Mapping[str, Any]) -> list[tuple[str, objec
     """What no single key says: another backbone, pooling over several tokens, and box annotations that are really there."""
     found: list[tuple[str, object, str]] = []
     model = lab.get("model")
-    if not names_kosmos(model, values):
+    if model is not None and not names_kosmos(model, values):
         found.append(("model", model, "kosmos: Kosmos-2 is the backbone"))
     elif model not in (None, "kosmos"):
         lab.assume(f"model {model} is a name of folders only: robovlm_name says that the backbone is Kosmos-2")

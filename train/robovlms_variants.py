@@ -51,13 +51,13 @@ class _Variant:
 
     Attributes:
         key: dotted path.
-        plain: whether a value, in its config, asks for nothing.
-        takes: what it would take to build what it asks for.
+        plain: whether a value that is there asks, in its config, for nothing.
+        takes: what it would take to build what it asks for, or that for a value.
     """
 
     key: str
     plain: Callable[[Any, Mapping[str, Any]], bool]
-    takes: str
+    takes: str | Callable[[Any], str]
 
 
 def _off(value: Any, config: Mapping[str, Any]) -> bool:
@@ -69,7 +69,7 @@ def _absent(value: Any, config: Mapping[str, Any]) -> bool:
 
 
 def _one_of(*values: object) -> Callable[[Any, Mapping[str, Any]], bool]:
-    return lambda value, config: value is None or value in values
+    return lambda value, config: value in values
 
 
 def names_kosmos(value: Any, config: Mapping[str, Any]) -> bool:
@@ -78,7 +78,7 @@ def names_kosmos(value: Any, config: Mapping[str, Any]) -> bool:
     Another Kosmos than `kosmos` is a name of folders only, where `robovlm_name` says the backbone and the loader wraps the instruction by
     itself. RoboVLMs' loaders of other data choose the text around it by this key.
     """
-    if value is None or value == "kosmos":
+    if value == "kosmos":
         return True
     return (
         isinstance(value, str)
@@ -88,13 +88,32 @@ def names_kosmos(value: Any, config: Mapping[str, Any]) -> bool:
     )
 
 
+def _other_model(value: Any) -> str:
+    if str(value).startswith("kosmos"):
+        return (
+            "the text that RoboVLMs' loader puts around an instruction under this name; without effect it is with robovlm_name RoboKosMos "
+            "and a train_dataset.type of NavDataset or MobileVLAH5Dataset"
+        )
+    return "that backbone's own stages and prompt"
+
+
+def _other_space(value: Any) -> str:
+    if value == "discrete":
+        return (
+            "the LM head and one run of the language stage for each number of the action. RoboVLMs gives heads the vocabulary's logits "
+            "then, which no LSTM head takes, and learns no action token: a file with `action_token` is of another run, whose config says "
+            "continuous"
+        )
+    return "the decoder's last layer for all slots, and a head that pools them"
+
+
 def _learns_actions(value: Any, config: Mapping[str, Any]) -> bool:
     """Whether the head was trained. The trainer of the lab's package, which came with its loader of V5, does not ask."""
-    return value is None or bool(value) or is_v5(dataset_of(config))
+    return bool(value) or is_v5(dataset_of(config))
 
 
 _VARIANTS = (
-    _Variant("model", names_kosmos, "that backbone's own stages and prompt"),
+    _Variant("model", names_kosmos, _other_model),
     _Variant("robovlm_name", _one_of(*KOSMOS_BACKBONES), "that backbone's own stages and prompt"),
     _Variant(
         "fwd_head",
@@ -122,13 +141,7 @@ _VARIANTS = (
         "a language stage over all frames of the window at once (`pre`), or over their pictures in one row (`video`), with keys and values "
         "kept from tick to tick",
     ),
-    _Variant(
-        "act_head.action_space",
-        _one_of("continuous"),
-        "for `discrete`, the LM head and one run of the language stage for each number of the action: RoboVLMs gives such a head the "
-        "vocabulary's logits and learns no action token, so no LSTM head comes out of it (a file with `action_token` is of another run, "
-        "and its config should say continuous); for `down_sample`, the decoder's last layer for all slots and a head that pools them",
-    ),
+    _Variant("act_head.action_space", _one_of("continuous"), _other_space),
     _Variant(
         "act_head.down_sample",
         _one_of("none", "pooling"),
@@ -157,10 +170,13 @@ def refuse_variants(config: Mapping[str, Any]) -> None:
     for variant in _VARIANTS:
         section, _, leaf = variant.key.rpartition(".")
         values = config.get(section) if section else config
-        value = values.get(leaf) if isinstance(values, Mapping) else None
+        if not isinstance(values, Mapping) or leaf not in values:
+            continue
+        value = values[leaf]
         if not variant.plain(value, config):
+            takes = variant.takes if isinstance(variant.takes, str) else variant.takes(value)
             raise UnsupportedPolicyError(
                 f"this policy uses {variant.key} = {value!r}, which jetvla does not build",
                 expected=_BUILT,
-                hint=f"it would take {variant.takes}. Nothing was written.",
+                hint=f"it would take {takes}. Nothing was written.",
             )
