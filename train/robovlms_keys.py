@@ -57,6 +57,7 @@ _MEANT: dict[str, str] = {
     **_keys(_NUMBER, "action_minimum action_maximum fps", section="jetvla."),
     **_keys(_FLAG, "x_attn_causal", section="jetvla."),
     **_keys(_TEXTS, "action_names classes", section="jetvla."),
+    **_keys(_SECTION, "relabel", section="jetvla."),
 }
 
 # Of each object in train_dataset and val_dataset.
