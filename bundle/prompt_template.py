@@ -42,7 +42,7 @@ def words_of(template: str, text: str) -> str:
         return text[len(before) : len(text) - len(after)]
     opening, closing = before.replace(GROUNDING, "").strip(), after.strip(" .")
     carried = (
-        (GROUNDING in before and GROUNDING in text)
+        (before.strip() and GROUNDING in text)
         or (opening and text.startswith(opening))
         or (closing and text.rstrip(" .").endswith(closing))
     )

@@ -31,6 +31,7 @@ from train.trained_parts import check_base, check_held
 
 T = TypeVar("T")
 _LISTED = 12
+_MAX_PROMPT = 2048  # Kosmos-2's max_position_embeddings
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def load(
     settings, config_files = _find_config(raw, config)
     spec, facts = policy_spec(settings), training_facts(settings)
     raw = _with_facts(raw, facts)
-    spec = _with_prompt(spec, facts, prompt_template, pad_prompt_to)
+    spec = _with_prompt(spec, raw, prompt_template, pad_prompt_to)
     keys = map_keys(raw.state)
     state = _unaliased(raw, keys)
     check_kinds(state, origin=path.name)
@@ -180,16 +181,18 @@ def _check_base(
     return check_base(state, origin, recipe, adapted, from_base, origin=path.name, folder=located.folder)
 
 
-def _with_prompt(spec: PolicySpec, facts: TrainingFacts | None, template: str | None, pad_to: int | None) -> PolicySpec:
+def _with_prompt(spec: PolicySpec, raw: RawCheckpoint, template: str | None, pad_to: int | None) -> PolicySpec:
     """Text and length of prompts: stated by the user, recorded in the file, or by the config - in this order.
 
     Raises:
         ConfigError: a template with other braces.
+        CheckpointError: a recorded length that is none.
     """
-    if facts is not None and facts.prompt_template is not None:
-        spec = replace(
-            spec, prompt_template=facts.prompt_template, pad_to=facts.pad_prompt_to, prompt_source="recorded"
-        )
+    if "prompt_template" in raw.recorded:
+        lengths = {str(length): length for length in range(_MAX_PROMPT + 1)}
+        length = _recorded(raw, "pad_prompt_to", lengths) if "pad_prompt_to" in raw.recorded else 0
+        text = raw.recorded["prompt_template"]
+        spec = replace(spec, prompt_template=text, pad_to=length or None, prompt_source="recorded")
     if template is not None:
         if not is_template(template):
             raise ConfigError(
@@ -282,6 +285,8 @@ def save_small(loaded: LoadedPolicy, path: Path) -> None:
         "base_sha256": tensors_sha256(origin),
         "packing": conventions.packing,
         "x_attn_causal": "true" if conventions.x_attn_causal else "false",
+        "prompt_template": loaded.policy.spec.prompt_template,
+        "pad_prompt_to": str(loaded.policy.spec.pad_to or 0),
     }
     config = loaded.config
     if loaded.folded:  # what is written has no adapters any more
@@ -294,6 +299,8 @@ def _with_facts(raw: RawCheckpoint, facts: TrainingFacts | None) -> RawCheckpoin
     if facts is None:
         return raw
     known = {"packing": facts.packing, "x_attn_causal": "true" if facts.x_attn_causal else "false"}
+    if facts.prompt_template is not None:
+        known |= {"prompt_template": facts.prompt_template, "pad_prompt_to": str(facts.pad_prompt_to or 0)}
     return replace(raw, recorded={"base_sha256": facts.base_sha256, **known, **raw.recorded})
 
 

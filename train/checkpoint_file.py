@@ -29,7 +29,7 @@ from bundle.errors import CheckpointError
 from train.peft_folder import is_peft_folder, read_adapter, rest_of
 
 SMALL_FORMAT = "jetvla-policy/1"
-_RECORDED = ("base_sha256", "packing", "x_attn_causal")
+_RECORDED = ("base_sha256", "packing", "x_attn_causal", "prompt_template", "pad_prompt_to")
 _LISTED = 12
 # Data that Lightning and labs put beside weights; constructing them runs no code of the file's choosing.
 _HARMLESS: list[Any] = [pathlib.PosixPath, pathlib.PurePosixPath]
@@ -47,7 +47,7 @@ class RawCheckpoint:
         state: raw key -> tensor, memory-mapped where the format allows.
         config: the training config found inside, or None.
         not_tensors: keys of the state dict whose values are no tensors.
-        recorded: facts that only jetvla's own format records (base_sha256, packing, x_attn_causal).
+        recorded: facts that only jetvla's own format records (base_sha256, packing, x_attn_causal, prompt_template, pad_prompt_to).
         adapter: peft's adapter_config.json, where the adapter is a folder of its own.
     """
 

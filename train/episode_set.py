@@ -129,7 +129,8 @@ def read_episodes(
     _refuse_mixed_rates(episodes, data.fps)
     hashes = recordings.hash([episode.path for episode in episodes], cache, progress)
     hashed = tuple(dataclasses.replace(episode, sha256=hashes[episode.path]) for episode in episodes)
-    _warn(hashed, assumed=[episode for episode, was_assumed in read if was_assumed])
+    left_out = len(found) - len(hashed)
+    _warn(hashed, assumed=[episode for episode, was_assumed in read if was_assumed], left_out=left_out)
     return hashed
 
 
@@ -262,9 +263,13 @@ def _refuse_mixed_rates(episodes: list[TrainingEpisode], wanted: float | None) -
     )
 
 
-def _warn(episodes: Sequence[TrainingEpisode], assumed: list[TrainingEpisode]) -> None:
-    """One warning for all that was assumed or looks odd."""
+def _warn(episodes: Sequence[TrainingEpisode], assumed: list[TrainingEpisode], left_out: int) -> None:
+    """One warning for all that was assumed, left out, or looks odd."""
     lines = []
+    if left_out:
+        lines.append(
+            f"{left_out} more are left out: shorter than a source's least_frames, or straight where it wants curves"
+        )
     for text, count in Counter(episode.instruction for episode in assumed).most_common(_LISTED):
         lines.append(f"{count} of {len(episodes)} store no instruction; assuming {text!r} from the file name")
     contradicting = [

@@ -34,6 +34,10 @@ else:
 __all__ = ["LoadedConfig", "Notes", "load_run_config"]
 
 _EXAMPLE = "see docs/training-config.md for what it may say."
+_ANYBODYS = frozenset(
+    {"name", "model", "loss", "optimizer", "output"}
+)  # keys that configs of other programs have as well
+_SHOWN = 8
 _ABOVE = 4  # folders above a RoboVLMs config in which its relative paths may start
 
 
@@ -132,6 +136,14 @@ def _read_file(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(
             f"{path} is no training config", got=type(values).__name__, expected="an object", hint=_EXAMPLE
+        )
+    ours = {item.name for item in msgspec.structs.fields(RunConfig)}
+    if path.suffix == ".json" and not (values.keys() & (ours | {"parent"}) - _ANYBODYS) and not is_robovlms(values):
+        raise ConfigError(
+            f"{path} is neither a training config of jetvla nor one of RoboVLMs",
+            got=f"the keys {', '.join(list(values)[:_SHOWN])}",
+            expected="base and data, or robovlm_name, act_head and train_setup",
+            hint="a script of its own probably reads this file; only policies of RoboVLMs' kind are trained here.",
         )
     return values
 

@@ -27,7 +27,6 @@ _PRECISIONS = {
     **dict.fromkeys(("16", "16-mixed", "16-true", "fp16"), "fp16"),
     **dict.fromkeys(("bf16", "bf16-mixed", "bf16-true"), "bf16"),
 }
-_RLDS_DATASETS = ("OpenVLADataset",)
 _PATIENCE = 3  # validations, of the fork
 
 
@@ -97,7 +96,13 @@ def _policy(values: Mapping[str, Any], lab: LabConfig, origin: str) -> PolicySpe
     try:
         spec = policy_spec(plain)
     except (ConfigError, UnsupportedPolicyError) as error:
-        raise type(error)(f"{origin}: {error.what}", got=error.got, expected=error.expected, hint=error.hint) from None
+        # The exporter has --config; here the file at hand is the one to complete, and RoboVLMs could not read it either.
+        hint = (
+            f"complete {origin}; RoboVLMs' own trainer needs the key as well."
+            if "--config" in error.hint
+            else error.hint
+        )
+        raise type(error)(f"{origin}: {error.what}", got=error.got, expected=error.expected, hint=hint) from None
     for key in ("act_head.hidden_size", "act_head.num_layers", "act_head.latent", "act_head.num_classes"):
         lab.get(key)
     for key in ("robovlm_name", "trainer_type", "window_size", "fwd_pred_next_n"):
@@ -110,20 +115,11 @@ def _policy(values: Mapping[str, Any], lab: LabConfig, origin: str) -> PolicySpe
 
 
 def _refused(lab: LabConfig) -> list[tuple[str, object, str]]:
-    """What no single key says: pooling over several tokens, data of another kind, and box annotations that are really there."""
+    """What no single key says: pooling over several tokens, and box annotations that are really there."""
     found: list[tuple[str, object, str]] = []
     sampling = lab.get("act_head.down_sample", "none")
     if sampling == "pooling" and lab.get("act_head.latent", 1) > 1:
         found.append(("act_head.down_sample", sampling, "none, where act_head.latent is more than 1"))
-    for path in lab.datasets("train_dataset"):
-        if (kind := lab.get(f"{path}.type")) in _RLDS_DATASETS:
-            found.append(
-                (
-                    f"{path}.type",
-                    kind,
-                    "HDF5 episodes or a LeRobot v3 dataset; Open X-Embodiment's RLDS files are not read",
-                )
-            )
     boxes = box_annotations(lab)
     if boxes is not None:
         found.append(("grounding_aux", str(boxes), "actions alone: boxes are not learned"))

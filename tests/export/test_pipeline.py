@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
 
-from bundle.errors import PromptError
+from bundle.errors import ConfigError, PromptError
 from bundle.manifest import Manifest, Precision
 from episodes.synthetic import write_synthetic
 from export.console import Reporter
@@ -128,6 +129,40 @@ LAYOUTS = (
         {"action.class_names": ("Stop", "F", "L", "R", "FL", "FR"), "action.names": ("linear_x", "linear_y")},
     ),
     Layout(
+        "eight classes, as the lab orders them",
+        SyntheticOptions(layout="fork", head="classes", action_dim=8),
+        {"packing": "upstream"},
+        {
+            "action.class_names": ("Stop", "F", "L", "R", "FL", "FR", "TurnL", "TurnR"),
+            "action.names": ("linear_x", "linear_y", "angular_z"),
+            "action.units": ("m/s", "m/s", "rad/s"),
+            "action.classes_source": "assumed: the lab's order of 8",
+            "prompt.template_source": "assumed: upstream's text",
+        },
+    ),
+    Layout(
+        "seven classes with their commands",
+        SyntheticOptions(layout="fork", head="classes", action_dim=7),
+        {
+            "packing": "upstream",
+            "classes": ("Stop", "F", "B=-0.2,0", "arc=0.5,0,0.3", "TurnL=0,0,0.4", "L", "R"),
+            "class_speed": 1.0,
+            "prompt_template": "<grounding>{instruction}",
+            "pad_prompt_to": 256,
+            "instruction": (GO_LEFT,),
+        },
+        {
+            "action.class_values": (
+                (0.0, 0.0, 0.0), (1.0, 0.0, 0.0), (-0.2, 0.0, 0.0), (0.5, 0.0, 0.3), (0.0, 0.0, 0.4), (0.0, 1.0, 0.0),
+                (0.0, -1.0, 0.0),
+            ),
+            "action.classes_source": "stated by the user",
+            "prompt.template": "<grounding>{instruction}",
+            "prompt.pad_to": 256,
+            "prompt.template_source": "stated by the user",
+        },
+    ),
+    Layout(
         "hand camera",
         SyntheticOptions(hand_camera=True),
         states={"preprocessing.cameras": ("hand", "static")},
@@ -205,7 +240,8 @@ def reference_stream(files: SyntheticFiles, layout: Layout) -> ReferenceStream:
         files.checkpoint, packing=stated.get("packing", "auto"), x_attn_causal=stated.get("x_attn_causal", False)
     )
     tokenizer = Tokenizer.from_file(str(files.base / "tokenizer.json"))
-    ids = tokenizer.encode(f"<grounding>An image of a robot {GO_LEFT}").ids
+    template = stated.get("prompt_template", "<grounding>An image of a robot {instruction}")
+    ids = tokenizer.encode(template.format(instruction=GO_LEFT)).ids
     hidden = max(0, stated.get("pad_prompt_to", 0) - len(ids))
     mean, std = NORMS[stated.get("pixel_norm", "clip")]
     mask = np.array([1] * len(ids) + [0] * hidden)
@@ -362,3 +398,43 @@ def test_without_out_the_bundle_is_named_after_the_checkpoint(
     assert path == Path("epoch=0-step=2.bundle")
     assert left_over(tmp_path) == ["epoch=0-step=2.bundle"]
     assert_complete(tmp_path / path)
+
+
+def test_the_labs_config_says_what_its_loader_did(synthetic: MakeSynthetic, tmp_path: Path) -> None:
+    """Its NavDataset since V5 puts `<grounding>` before the sentence and pads; the log says so."""
+    files = synthetic(SyntheticOptions(layout="fork", head="classes", action_dim=8))
+    settings = load(files.checkpoint, packing="upstream").config
+    settings |= {"train_dataset": {"type": "NavDataset", "num_classes": 8, "grounding_prefix": True}}
+    lab = tmp_path / "lab.json"
+    lab.write_text(json.dumps(settings))
+    out = tmp_path / "policy.bundle"
+    log = quietly(
+        BuildConfig(checkpoint=files.checkpoint, config=lab, out=out, packing="upstream", verify_frames=QUICK)
+    )
+    prompt, action = assert_complete(out).prompt, Manifest.load(out).action
+    assert (prompt.template, prompt.pad_to) == ("<grounding>{instruction}", 256)
+    assert prompt.template_source == "read from the config: NavDataset, grounding_prefix"
+    assert action.classes_source == "assumed: the order of NavDataset of V5"
+    assert "classes Stop=0,0 F=1.15,0 L=0,1.15" in log.replace("\n", " ")
+    settings["train_dataset"]["num_classes"] = 6
+    lab.write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match="what the 8 classes mean must be stated") as caught:
+        quietly(BuildConfig(checkpoint=files.checkpoint, config=lab, out=tmp_path / "b", packing="upstream"))
+    assert "labels 6 classes" in str(caught.value)
+
+
+def test_a_policy_without_words_is_built_and_run_without(upstream: SyntheticFiles, tmp_path: Path) -> None:
+    out = tmp_path / "silent.bundle"
+    silent = BuildConfig(
+        checkpoint=upstream.checkpoint, out=out, prompt_template="<grounding>", instruction=("",), verify_frames=QUICK
+    )
+    quietly(silent)
+    policy = Policy.load(out, "ort:cpu", threads=1)
+    policy.reset("")
+    assert np.isfinite(policy.step(np.zeros((48, 64, 3), np.uint8)).values).all()
+    with pytest.raises(PromptError, match="trained without words"):
+        policy.reset(GO_LEFT)
+    with pytest.raises(PromptError, match="the instruction is empty"):
+        quietly(BuildConfig(checkpoint=upstream.checkpoint, out=tmp_path / "b", instruction=("",)))
+    with pytest.raises(ConfigError, match="the prompt template is not usable"):
+        quietly(BuildConfig(checkpoint=upstream.checkpoint, out=tmp_path / "b", prompt_template="{go}"))

@@ -14,6 +14,7 @@ from bundle.errors import ConfigError, EpisodeError
 from bundle.hashing import sha256_file
 from episodes.instruction import sides_in_text
 from episodes.reader import EpisodeWarning
+from episodes.writer import write_episode
 from tests.training_data import HEIGHT, LEFT, RIGHT, WIDTH, episode, read, write_schema, write_v1
 from train.episode_set import TrainingEpisode, read_episodes
 from train.run_config import DataConfig, SourceConfig
@@ -248,3 +249,28 @@ def test_a_policy_without_words_needs_none(tmp_path: Path) -> None:
     data = DataConfig(sources=(SourceConfig(files=("*.h5",)),), prompt_template="<grounding>")
     (silent,) = read_episodes(data, tmp_path)
     assert silent.instruction == ""
+
+
+def test_filters_by_length_and_movement_leave_episodes_out_and_say_so(tmp_path: Path) -> None:
+    straight = np.tile(np.array([1.0, 0.0, 0.0], np.float32), (12, 1))
+    curved = straight.copy()
+    curved[3, 1] = 0.5
+    for name, actions in (("straight", straight), ("curved", curved), ("short", curved[:5])):
+        frames = (np.full((HEIGHT, WIDTH, 3), index, np.uint8) for index in range(len(actions)))
+        write_episode(tmp_path / f"{name}_left.h5", frames, actions, instruction=LEFT, fps=6.0)
+    source = SourceConfig(files=("*.h5",), curved=True, least_frames=10)
+    with pytest.warns(EpisodeWarning, match="2 more are left out"):
+        kept = read_episodes(DataConfig(sources=(source,)), tmp_path)
+    assert [each.stem for each in kept] == ["curved_left"]
+
+    with pytest.raises(ConfigError, match="leave no episode"):
+        read_episodes(DataConfig(sources=(SourceConfig(files=("*.h5",), least_frames=13),)), tmp_path)
+
+
+def test_filters_by_name_leave_files_unopened(tmp_path: Path) -> None:
+    (tmp_path / "broken_straight.h5").write_bytes(b"no episode")
+    write_v1(tmp_path, "good_left.h5")
+    source = SourceConfig(files=("*.h5",), exclude=("straight",))
+    assert [each.stem for each in read_episodes(DataConfig(sources=(source,)), tmp_path)] == ["good_left"]
+    with pytest.raises(ConfigError, match="leaves out every file"):
+        read_episodes(DataConfig(sources=(SourceConfig(files=("*.h5",), exclude=("left", "straight")),)), tmp_path)

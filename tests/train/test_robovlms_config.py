@@ -286,12 +286,13 @@ def test_adapters_that_peft_or_the_lab_would_refuse(key: str, value: object) -> 
         run(**{f"train_setup__{key}": value})
 
 
-def test_open_x_embodiment_s_files_are_refused_by_their_loader_s_name() -> None:
+def test_where_a_loader_of_other_files_was_configured_our_kinds_are_looked_for() -> None:
     dataset = {"type": "OpenVLADataset", "data_root_dir": "datasets/oxe", "data_mix": "rt_1", "model_name": "kosmos"}
-    with pytest.raises(
-        UnsupportedPolicyError, match=r"train_dataset\.type = 'OpenVLADataset'(.|\n)*RLDS files are not read"
-    ):
-        run(train_dataset=dataset, use_hand_rgb=True)
+    config, notes = read(fork_config(train_dataset=dataset, use_hand_rgb=True))
+    assert config.data.sources[0].files == ("datasets/oxe/episode_*.h5",)
+    assert any(
+        "OpenVLADataset is not read; H5 episodes are looked for in datasets/oxe" in text for text in notes.assumed
+    )
 
 
 def test_the_hand_camera() -> None:
@@ -394,7 +395,6 @@ def test_a_source_that_robovlms_does_not_know() -> None:
     ("path", "value"),
     [
         ("use_mu_law", True),
-        ("use_vision_resampler", True),
         ("use_clip_norm", True),
         ("train_setup.reinit", True),
         ("tcp_rel", True),
