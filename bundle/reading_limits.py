@@ -58,7 +58,7 @@ def check_regular_file(
     try:
         found = path.stat()
     except FileNotFoundError:
-        raise error(f"{path} does not exist", hint=hint) from None
+        raise error(f"{path} does not exist", hint="correct the path.") from None
     except (OSError, ValueError) as problem:
         raise error(f"{_shown(path)} cannot be opened", got=problem, expected="a file", hint=hint) from None
     if not stat.S_ISREG(found.st_mode):

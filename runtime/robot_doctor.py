@@ -31,6 +31,7 @@ from runtime.robot_view import plan_lines
 PICTURE = Path("doctor.png")
 _LISTEN_S = 2.0  # how long DDS may take to find who listens
 _SLOW = 0.95
+_WHITE = 0.5  # of the values
 _DULL = 10.0  # sharpness below which a picture has hardly an edge
 
 
@@ -147,6 +148,10 @@ def _camera(robot: RobotFile, seconds: float, report: _Report, *, name: str = "c
         report.problem(
             f"the robot would have stopped: no good picture for {found.longest_gap_s:.2f} s, and safety.stale_frame_s is "
             f"{robot.safety.stale_frame_s:g} s"
+        )
+    if found.bright_share > _WHITE:
+        report.problem(
+            f"{found.bright_share:.0%} of the picture is white: too much light, or numbers of more than 8 bits that were cut to 8"
         )
     if found.sharpness < _DULL:
         report.problem("the picture has hardly an edge: a covered, fogged or unfocused lens, or an empty wall")

@@ -6,7 +6,6 @@ network computes, and what the numbers it gives mean. Knows nothing about weight
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 from bundle.errors import ConfigError, UnsupportedPolicyError
 from bundle.manifest import HeadKind
 from bundle.prompt_template import UPSTREAM
+from bundle.reading_limits import is_there
+from bundle.reading_limits import read_json as limited_json
 from episodes.resize import ResizeFilter
 from train.robovlms_classes import class_order, lab_resize
 from train.robovlms_prompt import lab_prompt
@@ -28,6 +29,16 @@ HEADS: dict[str, HeadKind] = {
     "NavPolicy": "classes",
 }
 _MU_DEFAULT = 255.0
+_MOST_PARENTS = 16
+# Sizes far beyond every policy's; building the outline of a larger one would take for ever.
+_MOST = 1 << 16
+_MOST_BY_KEY = {
+    "num_layers": 64,
+    "latent": 1 << 10,
+    "window_size": 1 << 12,
+    "fwd_pred_next_n": 1 << 12,
+    "image_size": 1 << 13,
+}
 
 
 @dataclass(frozen=True)
@@ -107,6 +118,13 @@ def read_chain(path: Path) -> tuple[dict[str, Any], tuple[Path, ...]]:
                 f"{path} inherits from itself",
                 got=" -> ".join(map(str, seen)),
                 hint="remove one `parent` from the circle.",
+            )
+        if len(seen) >= _MOST_PARENTS:
+            raise ConfigError(
+                f"{path} inherits from too many configs",
+                got=f"{current} after {len(seen)} others",
+                expected=f"at most {_MOST_PARENTS} in a chain",
+                hint="write what the run used into one file.",
             )
         seen.append(current.resolve())
         child = _read_object(current, first=path)
@@ -235,14 +253,9 @@ def _refuse_magnitudes(config: dict[str, Any]) -> None:
 
 
 def _read_object(path: Path, *, first: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path} does not exist", got=f"named by {first}" if path != first else None, hint="correct the path."
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path} is not JSON", got=error, hint="pass the RoboVLMs training config (.json).") from None
+    if path != first and not is_there(path):
+        raise ConfigError(f"{ascii(str(path))[1:-1]} does not exist", got=f"named by {first}", hint="correct the path.")
+    value = limited_json(path, error=ConfigError, hint="pass the RoboVLMs training config (.json).")
     if not isinstance(value, dict):
         raise ConfigError(
             f"{path} is not a config", got=type(value).__name__, expected="a JSON object", hint="see above."
@@ -254,7 +267,7 @@ def _locate(parent: object, folder: Path) -> Path:
     """The parent's path: as written, else beside the child (checkpoints travel, absolute paths do not)."""
     written = Path(str(parent))
     for candidate in (written, folder / written, folder / written.name):
-        if candidate.exists():
+        if is_there(candidate):
             return candidate
     return written
 
@@ -273,10 +286,12 @@ def _section(config: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _size(section: dict[str, Any], key: str, prefix: str = "", default: int | None = None) -> int:
-    """A whole number of at least 1."""
-    value = section.get(key, default)
+    """A whole number of at least 1, and at most what a policy may have."""
+    value, most = section.get(key, default), _MOST_BY_KEY.get(key, _MOST)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise _unusable(prefix + key, value, "a whole number, at least 1")
+    if value > most:
+        raise _unusable(prefix + key, value, f"a whole number, at most {most}")
     return value
 
 

@@ -37,12 +37,12 @@ def class_settings(lab: LabConfig, spec: PolicySpec, values: Mapping[str, Any]) 
     lab.get("act_head.num_classes")
     for path in (*lab.datasets("train_dataset"), *lab.datasets("val_dataset")):
         lab.get(f"{path}.num_classes")
-    stated = lab.get("jetvla.classes")
+    stated, folded = lab.get("jetvla.classes"), lab.get("jetvla.relabel", {})
     if spec.head.kind != "classes":
         return ClassSettings()
     hint = 'state the order that the run had in the config: "jetvla": {"classes": ["Stop", "F", "TurnL=0,0,0.5"]}'
     order = class_order(values, spec.head.outputs)
-    names, relabel = (tuple(stated), {}) if stated else (order.names, order.relabel)
+    names, relabel = (tuple(stated), folded) if stated else (order.names, order.relabel)
     if len(names) != spec.head.outputs:
         raise UnsupportedPolicyError(
             f"{lab.origin}: what the {spec.head.outputs} classes of act_head.num_classes mean must be stated",
@@ -52,7 +52,7 @@ def class_settings(lab: LabConfig, spec: PolicySpec, values: Mapping[str, Any]) 
         )
     if not stated:
         lab.assume(f"classes {' '.join(names)} ({order.source}); jetvla.classes states another order")
-    if relabel:
+    if relabel and not stated:
         told = ", ".join(f"{motion} as {name}" for motion, name in relabel.items())
         lab.assume(f"classes: frames are labelled as that loader does, {told}")
     table = parse_classes(names, relabel=relabel, hint=hint)

@@ -73,6 +73,7 @@ ACTS: dict[str, str] = {
     **_keys(NUMBER, "action_minimum action_maximum fps", section="jetvla."),
     **_keys(FLAG, "x_attn_causal", section="jetvla."),
     **_keys(WHOLE, "pad_prompt_to", section="jetvla."),
+    **_keys(SECTION, "relabel", section="jetvla."),
     **_keys(TEXTS, "action_names classes", section="jetvla."),
 }
 

@@ -280,6 +280,7 @@ def facts_of(gathered: Gathered) -> TrainingFacts:
         prompt_template=data.prompt_template,
         pad_prompt_to=data.pad_prompt_to,
         classes=_class_table(gathered).spelled() if model.head == "classes" else None,
+        relabel=model.relabel,
     )
 
 

@@ -375,7 +375,6 @@ def test_a_file_without_a_config_asks_for_it(variant: Variant) -> None:
         ("act_head", "history_type", "pre", "act_head.history_type = 'pre'"),
         ("act_head", "action_space", "discrete", "act_head.action_space = 'discrete'"),
         ("act_head", "action_space", "down_sample", "act_head.action_space = 'down_sample'"),
-        (None, "use_vision_resampler", True, "use_vision_resampler = True"),
     ],
 )
 def test_a_variant_that_is_not_built_is_refused_by_name(

@@ -199,7 +199,6 @@ def test_an_unknown_head_is_refused_with_the_known_ones(config: Config) -> None:
     ("path", "value"),
     [
         ("model", "paligemma"),
-        ("use_vision_resampler", True),
         ("fwd_head", {"type": "FwdDecoder"}),
         ("tcp_rel", True),
         ("regular_action", True),
@@ -329,7 +328,7 @@ def test_a_file_that_is_not_json_is_refused(tmp_path: Path, content: bytes) -> N
 
 
 def test_a_folder_is_no_config(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is not JSON"):
+    with pytest.raises(ConfigError, match="is a directory"):
         read_json(tmp_path)
 
 
