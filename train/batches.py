@@ -100,7 +100,7 @@ def make_batch(
         frame_of[row] = [frames.setdefault((window.view, int(number)), len(frames)) for number in numbers]
         recorded = mirror_actions(episode.actions, data.actions) if window.view.mirrored else episode.actions
         if window.view.told is not None:
-            recorded = np.zeros_like(recorded)
+            recorded = np.broadcast_to(window.view.told.action(data.actions), recorded.shape)
         targets, mask = action_chunks(recorded, window.start, data.window, data.chunk)
         physical.append(targets)
         masks.append(mask & (not idle))
@@ -152,7 +152,7 @@ def _frames(
 
 def _instruction(view: View, episodes: Sequence[TrainingEpisode]) -> str:
     if view.told is not None:
-        return view.told
+        return view.told.words
     text = episodes[view.episode].instruction
     return mirror_text(text) if view.mirrored else text
 

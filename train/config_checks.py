@@ -19,6 +19,7 @@ from bundle.prompt_template import is_template
 from episodes.reader import CAMERAS
 from train.action_classes import AXES, ClassTable, classes_of_model
 from train.run_config import LoraConfig, RunConfig, SourceConfig
+from train.told import told_problems
 
 _TABLE = "docs/training-config.md lists every key with its meaning and default."
 _ADVICE_CUTOFF = 0.6
@@ -160,8 +161,7 @@ def _contradictions(config: RunConfig) -> Iterator[Problem]:
     if config.base.take == "policy" and config.base.weights is None:
         yield "base.take", '"policy"', "base.weights with it: a checkpoint to take the policy from"
     yield from _loss_problems(config, len(table))
-    if config.augment.stop > 0 and not all(text.strip() for text in config.augment.stop_words or [""]):
-        yield "augment.stop_words", list(config.augment.stop_words), "at least one sentence, none of them empty"
+    yield from told_problems(config.augment, config.data.actions, table if config.model.head == "classes" else None)
 
 
 def _data_problems(config: RunConfig, table: ClassTable) -> Iterator[Problem]:

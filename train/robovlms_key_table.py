@@ -84,7 +84,7 @@ DATASET_ACTS: dict[str, str] = {
         FLAG, "augment use_color_jitter use_random_crop is_validation curvature_only stratified_split grounding_prefix"
     ),
     **_keys(WHOLE, "window_size fwd_pred_next_n min_episode_frames num_classes"),
-    **_keys(NUMBER, "train_split counterfactual_stop_prob"),
+    **_keys(NUMBER, "train_split counterfactual_stop_prob counterfactual_steer_prob"),
     **_keys(TEXTS, "exclude_path_types include_path_families"),
     **_keys(SECTION, "path_type_weights path_family_weights grounding_aux instruction_override"),
 }
@@ -121,9 +121,6 @@ DATASET_REFUSED: dict[str, Refused] = {
     "abs_action": Refused(FLAG, _off, "actions with their sign: without it a robot only ever goes left"),
     "episode_filter_keyword": Refused(TEXT, _off, "an episode_pattern that finds these files"),
     "use_bbox_target": Refused(FLAG, _off, "words without boxes: the loader finds them by colour"),
-    "counterfactual_steer_prob": Refused(
-        NUMBER, _off, "0: recorded actions under the words that they were recorded with"
-    ),
     "letterbox_fill": Refused(WHOLE, _off, "0: black bars"),
 }
 

@@ -89,6 +89,22 @@ class LabConfig:
             raise self.unusable(path, expected=_kind(path))
         return value
 
+    def require_all(self, *paths: str) -> None:
+        """See that all of them have a value.
+
+        Raises:
+            ConfigError: names every one that has none.
+        """
+        missing = [path for path in paths if self.get(path) is None]
+        if len(missing) > 1:
+            raise ConfigError(
+                f"{self.origin}: {', '.join(f'`{path}`' for path in missing)} are missing",
+                expected="; ".join(f"{path}: {_kind(path)}" for path in missing),
+                hint="RoboVLMs' trainer needs them, too: add them, or name the config that has them as `parent`.",
+            )
+        for path in missing:
+            self.require(path)
+
     def assume(self, sentence: str) -> None:
         """Note that something is not as the config says, or cannot be known from it."""
         self._assumed.append(sentence)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from train.draws import draw_number, draw_uniform
 from train.run_config import AugmentConfig, LoopConfig
+from train.told import Told, draw_told
 from train.windows import window_starts
 
 
@@ -24,13 +25,13 @@ class View:
         episode: index into the tuple of episodes.
         mirrored: image, lateral actions and words.
         draw: the number that decides colours, blur and crop; None leaves them as recorded.
-        told: words that stop the robot instead of the episode's own; its actions are then zeros. None is as recorded.
+        told: other words than the episode's own, whose actions are then theirs; None is as recorded.
     """
 
     episode: int
     mirrored: bool
     draw: int | None
-    told: str | None = None
+    told: Told | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def epoch_plan(
         starts = window_starts(length, window)
         for first in starts[:: loop.windows_per_episode]:
             run = tuple(
-                Window(_told(view, start, augment, loop.seed, epoch), start)
+                Window(replace(view, told=draw_told(augment, loop.seed, epoch, view.episode, start)), start)
                 for start in starts[first : first + loop.windows_per_episode]
             )
             runs.append((draw_number("order", loop.seed, epoch, view.episode, first), run))
@@ -91,14 +92,6 @@ def epoch_views(episodes: int, seed: int, augment: AugmentConfig, *, epoch: int)
         View(index, index in mirrored, draw_number("view", seed, epoch, index) if index in changed else None)
         for index in range(episodes)
     )
-
-
-def _told(view: View, start: int, augment: AugmentConfig, seed: int, epoch: int) -> View:
-    """The view of a window, of which a share is told to stop."""
-    if draw_uniform("stop", seed, epoch, view.episode, start) >= augment.stop:
-        return view
-    words = augment.stop_words
-    return replace(view, told=words[draw_number("words", seed, epoch, view.episode, start) % len(words)])
 
 
 def _chosen(episodes: int, share: float, what: str, seed: int, epoch: int) -> frozenset[int]:

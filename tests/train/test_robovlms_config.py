@@ -560,6 +560,11 @@ def test_a_misspelt_key_that_is_needed_is_suggested() -> None:
         run(learning_rate=None, learnig_rate=1e-4)
 
 
+def test_all_keys_that_are_missing_are_named_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"`window_size`, `learning_rate` are missing"):
+        run(window_size=None, learning_rate=None)
+
+
 def test_which_json_is_robovlms() -> None:
     assert is_robovlms(fork_config())
     assert not is_robovlms({"name": "x", "base": {}, "data": {}})
