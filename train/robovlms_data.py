@@ -112,6 +112,10 @@ def _resize(lab: LabConfig, spec: PolicySpec) -> ResizeFilter:
         raise lab.unusable("train_dataset", expected="one resize_mode, direct or letterbox")
     if modes == {"letterbox"} and any(lab.get(f"{path}.use_random_crop", False) for path in paths):
         lab.assume("resize_mode letterbox: the loader leaves it out where use_random_crop crops; here both are done")
+    if modes == {"letterbox"} and any(lab.get(f"{path}.use_color_jitter", False) for path in paths):
+        lab.assume(
+            "resize_mode letterbox: colours change after it, those of its bars as well; in the loader bars stay black"
+        )
     return spec.resize
 
 

@@ -171,3 +171,12 @@ def test_filters_and_shares_of_a_dataset() -> None:
     assert source.curved
     assert source.least_frames == 10
     assert source.path_shares == {"left": 0.5, "right": 0.5}
+
+
+def test_what_a_letterbox_does_not_share_with_the_loader_is_said() -> None:
+    nav = {"train_dataset__type": "NavDataset", "train_dataset__resize_mode": "letterbox"}
+    config, notes = read(fork_config(**nav))
+    assert config.data.resize == "letterbox"
+    assert not any("letterbox" in text for text in notes.assumed)
+    _, notes = read(fork_config(**nav, train_dataset__use_random_crop=True, train_dataset__use_color_jitter=True))
+    assert sum("letterbox" in text for text in notes.assumed) == 2
