@@ -12,8 +12,10 @@ from typing import Any, Literal
 from episodes.reader import CAMERAS
 from episodes.resize import ResizeFilter
 from train.config import PolicySpec
+from train.robovlms_classes import V5_KEYS
 from train.robovlms_heads import ClassSettings
 from train.robovlms_keys import LabConfig
+from train.robovlms_prompt import override_words
 
 _AXES = ("linear_x", "linear_y", "angular_z")
 _PIXEL_NORMS = {
@@ -150,6 +152,13 @@ def _axes(spec: PolicySpec, lab: LabConfig) -> tuple[str, ...]:
 def _source(lab: LabConfig, path: str) -> dict[str, Any]:
     """One dataset as a source: its files, and which of them."""
     source: dict[str, Any] = {"files": [_files(lab, path)]}
+    keys = ("type", "instruction_preset", "instruction_override", *V5_KEYS)
+    words = override_words({key: lab.get(f"{path}.{key}") for key in keys if lab.has(f"{path}.{key}")})
+    if words:
+        source["words"] = words
+        lab.assume(
+            f"{path}.instruction_override: an episode is told one of its sentences in an epoch; the loader draws for each window"
+        )
     least = lab.get(f"{path}.min_episode_frames", _NAV_LEAST if lab.get(f"{path}.type") == "NavDataset" else 0)
     filters = {
         "exclude": tuple(lab.get(f"{path}.exclude_path_types", ())),
@@ -211,7 +220,7 @@ def _pixel_norm(lab: LabConfig, *, fork: bool) -> str:
 def _note_datasets(lab: LabConfig, data: dict[str, Any], *, fork: bool) -> None:
     """The share that validates, and where the fork's loader does what ours does not."""
     paths = lab.datasets("train_dataset")
-    shares = {lab.get(f"{path}.train_split", 0.8) for path in paths}
+    shares = {lab.get(f"{path}.train_split", 0.9 if lab.get(f"{path}.type") == "NavDataset" else 0.8) for path in paths}
     data["val_share"] = round(1 - max(shares), 6)
     if fork:
         lab.assume(

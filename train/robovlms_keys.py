@@ -78,6 +78,10 @@ class LabConfig:
         value = self._leaves.get(path)
         return default if value is None else value
 
+    def has(self, path: str) -> bool:
+        """Whether the key is there, null included."""
+        return path in self._leaves
+
     def require(self, path: str) -> Any:
         """The value.
 

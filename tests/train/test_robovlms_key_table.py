@@ -180,3 +180,45 @@ def test_what_a_letterbox_does_not_share_with_the_loader_is_said() -> None:
     assert not any("letterbox" in text for text in notes.assumed)
     _, notes = read(fork_config(**nav, train_dataset__use_random_crop=True, train_dataset__use_color_jitter=True))
     assert sum("letterbox" in text for text in notes.assumed) == 2
+
+
+@pytest.mark.parametrize(("kind", "share"), [("MobileVLAH5Dataset", 0.2), ("NavDataset", 0.1)])
+def test_the_share_that_validates_is_the_loader_s_own_where_the_config_is_silent(kind: str, share: float) -> None:
+    values = fork_config(train_dataset__type=kind)
+    del values["train_dataset"]["train_split"]
+    assert read(values)[0].data.val_share == share
+
+
+def test_sentences_that_a_config_states_are_told() -> None:
+    nav = {"train_dataset__type": "NavDataset", "train_dataset__grounding_prefix": True}
+    override = {"left": ["Go left", "Head left"], "right": ["Go right"], "default": ["Go"], "note": "x"}
+    config, notes = read(fork_config(**nav, train_dataset__instruction_override=override))
+    words = config.data.sources[0].words
+    assert words == {"left": ("Go left", "Head left"), "right": ("Go right",), "other": ("Go",)}
+    assert any("where it has no straight: a sentence drawn from lists in the code" in text for text in notes.assumed)
+
+    whole = {**override, "straight": ["Go on"]}
+    config, notes = read(fork_config(**nav, train_dataset__instruction_override=whole))
+    assert config.data.sources[0].words.keys() == {"left", "right", "straight", "other"}
+    assert not any("lists in the code" in text for text in notes.assumed)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train_dataset__type": "MobileVLAH5Dataset", "train_dataset__instruction_override": {"left": ["Go left"]}},
+        {
+            "train_dataset__type": "NavDataset",
+            "train_dataset__instruction_override": {"left": ["Go left"]},
+        },  # before V5
+        {"train_dataset__type": "NavDataset", "instruction_override": {"left": ["Go left"]}},
+        {
+            "train_dataset__type": "NavDataset",
+            "train_dataset__grounding_prefix": True,
+            "train_dataset__instruction_preset": "action_aware_train",
+            "train_dataset__instruction_override": {"left": ["Go left"]},
+        },
+    ],
+)
+def test_sentences_that_the_loader_does_not_read_are_not_told(changes: dict[str, Any]) -> None:
+    assert read(fork_config(**changes))[0].data.sources[0].words == {}
