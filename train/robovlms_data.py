@@ -34,6 +34,11 @@ def is_h5(lab: LabConfig) -> bool:
     return any(kind == "NavDataset" or kind.startswith("MobileVLA") for kind in kinds)
 
 
+def _is_nav(lab: LabConfig) -> bool:
+    """Whether it was the lab's later one."""
+    return any(lab.get(f"{path}.type") == "NavDataset" for path in lab.datasets("train_dataset"))
+
+
 def data_settings(lab: LabConfig, spec: PolicySpec, words: dict[str, Any], classes: ClassSettings) -> dict[str, Any]:
     """The section `data`.
 
@@ -75,7 +80,7 @@ def augment_settings(lab: LabConfig, actions: Sequence[str]) -> dict[str, Any]:
     def most(key: str) -> float:
         return max([lab.get(f"{path}.{key}", 0) for path in paths], default=0)
 
-    nav = any(lab.get(f"{path}.type") == "NavDataset" for path in paths)
+    nav = _is_nav(lab)
     augment: dict[str, Any] = {}
     if most("augment"):
         augment["mirror"] = 0.5
@@ -207,6 +212,8 @@ def _pixel_norm(lab: LabConfig, *, fork: bool) -> str:
     ours: str | None = lab.get("jetvla.pixel_norm")
     if ours is not None:
         return ours
+    if _is_nav(lab):
+        return "clip"  # whatever image_mean and image_std say
     if fork:
         lab.assume(
             "pixels: before February 2026 the fork's loader subtracted no mean whatever image_mean says (data.pixel_norm)"
@@ -223,12 +230,16 @@ def _note_datasets(lab: LabConfig, data: dict[str, Any], *, fork: bool) -> None:
     shares = {lab.get(f"{path}.train_split", 0.9 if lab.get(f"{path}.type") == "NavDataset" else 0.8) for path in paths}
     data["val_share"] = round(1 - max(shares), 6)
     if fork:
+        drawn = "leaves out those with a chunk beyond the end" if _is_nav(lab) else "draws fewer at random"
         lab.assume(
             "the split is drawn by episode, left and right alike; the fork's is by sorted file name (data.split)"
         )
-        lab.assume(
-            "an epoch is every window once; the fork draws fewer at random: T - W - n + 1 for an episode of T frames"
-        )
+        lab.assume(f"an epoch is every window once; the loader {drawn}: T - W - n + 1 for an episode of T frames")
+        if not _is_nav(lab):
+            lab.assume(
+                "a file without a sentence is told the one for the side in its name; since February 2026 the fork's loader draws one of "
+                "five there (data.sources.words)"
+            )
     for path in paths:
         for key in ("window_size", "fwd_pred_next_n"):
             if (inner := lab.get(f"{path}.{key}", lab.get(key))) != lab.get(key):

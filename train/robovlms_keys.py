@@ -246,5 +246,9 @@ def _fits(value: object, kind: str) -> bool:
             return isinstance(value, str) or _fits(value, WHOLE)
         case "a text or a list of texts":
             return isinstance(value, str) or _fits(value, TEXTS)
+        case "a whole number, a list of them, or a text":
+            return isinstance(value, str) or all(
+                _fits(item, WHOLE) for item in (value if isinstance(value, list) else [value])
+            )
         case _:
             return isinstance(value, dict)

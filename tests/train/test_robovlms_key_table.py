@@ -222,3 +222,40 @@ def test_sentences_that_a_config_states_are_told() -> None:
 )
 def test_sentences_that_the_loader_does_not_read_are_not_told(changes: dict[str, Any]) -> None:
     assert read(fork_config(**changes))[0].data.sources[0].words == {}
+
+
+def test_what_each_of_the_labs_loaders_does_otherwise() -> None:
+    fork, nav = (
+        "\n".join(read(fork_config(train_dataset__type=kind))[1].assumed)
+        for kind in ("MobileVLAH5Dataset", "NavDataset")
+    )
+    for text in ("draws fewer at random", "one of five", "subtracted no mean"):
+        assert text in fork
+        assert text not in nav
+    assert "leaves out those with a chunk beyond the end" in nav
+
+
+def test_the_later_loader_subtracts_clips_mean_whatever_it_is_told() -> None:
+    strange = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    assert read(fork_config(train_dataset__type="NavDataset", **strange))[0].data.pixel_norm == "clip"
+
+
+@pytest.mark.parametrize(
+    ("changes", "accumulate", "text"),
+    [
+        ({}, 8, None),
+        ({"gpus": 1, "num_nodes": 1}, 8, None),
+        ({"gpus": 4}, 32, "the batches of 4 processes"),
+        ({"gpus": [0, 2], "num_nodes": 2}, 32, "the batches of 4 processes"),
+        ({"gpus": "auto"}, 8, "taken for one"),
+        ({"gpus": -1}, 8, "taken for one"),
+        ({"trainer__devices": 4, "trainer__num_nodes": 4}, 8, None),  # RoboVLMs overwrites them
+    ],
+)
+def test_a_step_is_as_many_windows_as_it_was_on_several_gpus(
+    changes: dict[str, Any], accumulate: int, text: str | None
+) -> None:
+    config, notes = read(fork_config(**changes))
+    assert config.loop.accumulate == accumulate
+    assert any("gpus" in each for each in notes.assumed) == (text is not None)
+    assert text is None or any(text in each for each in notes.assumed)
