@@ -57,7 +57,7 @@ def _nav(dataset: Mapping[str, Any]) -> tuple[str, str, str | None]:
         told = f"instruction_override, where it has no {', '.join(missing)}: a sentence drawn from lists in the code, by the file's name"
         return ACTION, "instruction_override", told if missing else None
     if v5 and preset == "path_type_aware":
-        told = "instruction_preset path_type_aware: a sentence drawn from lists in the code, by the file's name"
+        told = "instruction_preset path_type_aware: a sentence drawn from lists in the code, by the file's name (see data.sources.words)"
         return ACTION, f"instruction_preset {preset}", told
     if dataset.get("grounding_prefix"):
         return PREFIXED, "grounding_prefix", None
