@@ -225,6 +225,20 @@ def _optimizer(lab: LabConfig) -> dict[str, Any]:
     }
 
 
+def _processes(lab: LabConfig) -> int:
+    """How many batches a micro-step of the original had: one on each GPU."""
+    gpus, nodes = lab.get("gpus", 1), lab.get("num_nodes", 1)
+    each = len(gpus) if isinstance(gpus, list) else gpus
+    if isinstance(each, str) or each < 1 or nodes < 1:
+        lab.assume(f"gpus {gpus}: taken for one; the original's step had a batch for each (loop.accumulate)")
+        return 1
+    if each * nodes > 1:
+        lab.assume(
+            f"gpus and num_nodes: a step is the batches of {each * nodes} processes, however many there are here (loop.accumulate)"
+        )
+    return each * nodes
+
+
 def _loop(lab: LabConfig, *, fork: bool) -> dict[str, Any]:
     precision = str(lab.get("trainer.precision", "32"))
     if precision not in _PRECISIONS:
@@ -233,7 +247,7 @@ def _loop(lab: LabConfig, *, fork: bool) -> dict[str, Any]:
         lab.assume(f"trainer.precision {precision} is trained in mixed precision: weights stay fp32")
     loop: dict[str, Any] = {
         "batch_size": lab.get("batch_size", 1),
-        "accumulate": lab.get("trainer.accumulate_grad_batches", 1),
+        "accumulate": lab.get("trainer.accumulate_grad_batches", 1) * _processes(lab),
         "precision": _PRECISIONS[precision],
         "workers": lab.get("num_workers", 0),
         "seed": lab.get("seed", 0),

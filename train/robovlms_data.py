@@ -12,8 +12,10 @@ from typing import Any, Literal
 from episodes.reader import CAMERAS
 from episodes.resize import ResizeFilter
 from train.config import PolicySpec
+from train.robovlms_classes import V5_KEYS
 from train.robovlms_heads import ClassSettings
 from train.robovlms_keys import LabConfig
+from train.robovlms_prompt import override_words
 
 _AXES = ("linear_x", "linear_y", "angular_z")
 _PIXEL_NORMS = {
@@ -30,6 +32,11 @@ def is_h5(lab: LabConfig) -> bool:
     """Whether the fork's loader of H5 episodes was to read the data."""
     kinds = [str(lab.get(f"{path}.type")) for path in lab.datasets("train_dataset")]
     return any(kind == "NavDataset" or kind.startswith("MobileVLA") for kind in kinds)
+
+
+def _is_nav(lab: LabConfig) -> bool:
+    """Whether it was the lab's later one."""
+    return any(lab.get(f"{path}.type") == "NavDataset" for path in lab.datasets("train_dataset"))
 
 
 def data_settings(lab: LabConfig, spec: PolicySpec, words: dict[str, Any], classes: ClassSettings) -> dict[str, Any]:
@@ -73,7 +80,7 @@ def augment_settings(lab: LabConfig, actions: Sequence[str]) -> dict[str, Any]:
     def most(key: str) -> float:
         return max([lab.get(f"{path}.{key}", 0) for path in paths], default=0)
 
-    nav = any(lab.get(f"{path}.type") == "NavDataset" for path in paths)
+    nav = _is_nav(lab)
     augment: dict[str, Any] = {}
     if most("augment"):
         augment["mirror"] = 0.5
@@ -112,6 +119,10 @@ def _resize(lab: LabConfig, spec: PolicySpec) -> ResizeFilter:
         raise lab.unusable("train_dataset", expected="one resize_mode, direct or letterbox")
     if modes == {"letterbox"} and any(lab.get(f"{path}.use_random_crop", False) for path in paths):
         lab.assume("resize_mode letterbox: the loader leaves it out where use_random_crop crops; here both are done")
+    if modes == {"letterbox"} and any(lab.get(f"{path}.use_color_jitter", False) for path in paths):
+        lab.assume(
+            "resize_mode letterbox: colours change after it, those of its bars as well; in the loader bars stay black"
+        )
     return spec.resize
 
 
@@ -146,6 +157,13 @@ def _axes(spec: PolicySpec, lab: LabConfig) -> tuple[str, ...]:
 def _source(lab: LabConfig, path: str) -> dict[str, Any]:
     """One dataset as a source: its files, and which of them."""
     source: dict[str, Any] = {"files": [_files(lab, path)]}
+    keys = ("type", "instruction_preset", "instruction_override", *V5_KEYS)
+    words = override_words({key: lab.get(f"{path}.{key}") for key in keys if lab.has(f"{path}.{key}")})
+    if words:
+        source["words"] = words
+        lab.assume(
+            f"{path}.instruction_override: an episode is told one of its sentences in an epoch; the loader draws for each window"
+        )
     least = lab.get(f"{path}.min_episode_frames", _NAV_LEAST if lab.get(f"{path}.type") == "NavDataset" else 0)
     filters = {
         "exclude": tuple(lab.get(f"{path}.exclude_path_types", ())),
@@ -194,6 +212,8 @@ def _pixel_norm(lab: LabConfig, *, fork: bool) -> str:
     ours: str | None = lab.get("jetvla.pixel_norm")
     if ours is not None:
         return ours
+    if _is_nav(lab):
+        return "clip"  # whatever image_mean and image_std say
     if fork:
         lab.assume(
             "pixels: before February 2026 the fork's loader subtracted no mean whatever image_mean says (data.pixel_norm)"
@@ -207,15 +227,19 @@ def _pixel_norm(lab: LabConfig, *, fork: bool) -> str:
 def _note_datasets(lab: LabConfig, data: dict[str, Any], *, fork: bool) -> None:
     """The share that validates, and where the fork's loader does what ours does not."""
     paths = lab.datasets("train_dataset")
-    shares = {lab.get(f"{path}.train_split", 0.8) for path in paths}
+    shares = {lab.get(f"{path}.train_split", 0.9 if lab.get(f"{path}.type") == "NavDataset" else 0.8) for path in paths}
     data["val_share"] = round(1 - max(shares), 6)
     if fork:
+        drawn = "leaves out those with a chunk beyond the end" if _is_nav(lab) else "draws fewer at random"
         lab.assume(
             "the split is drawn by episode, left and right alike; the fork's is by sorted file name (data.split)"
         )
-        lab.assume(
-            "an epoch is every window once; the fork draws fewer at random: T - W - n + 1 for an episode of T frames"
-        )
+        lab.assume(f"an epoch is every window once; the loader {drawn}: T - W - n + 1 for an episode of T frames")
+        if not _is_nav(lab):
+            lab.assume(
+                "a file without a sentence is told the one for the side in its name; since February 2026 the fork's loader draws one of "
+                "five there (data.sources.words)"
+            )
     for path in paths:
         for key in ("window_size", "fwd_pred_next_n"):
             if (inner := lab.get(f"{path}.{key}", lab.get(key))) != lab.get(key):

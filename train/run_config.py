@@ -56,6 +56,8 @@ class SourceConfig(_Strict, frozen=True):
         kind: what they are; the run records how many frames of each kind it saw.
         schema: of HDF5 files, where it is recognised wrongly.
         instruction: what the robot was told, for files that do not say.
+        words: sentences that mean the same, by the path in a file's name: `left`, `right`, `straight` (as in `left_path`), else `other`.
+            They replace what the files say: an episode is told one of them in an epoch, and in validation the first.
         exclude: files whose name holds one of these are left out.
         families: only files of these; a family is what stands between `_target_` and `_path` in a name.
         least_frames: shorter episodes are left out.
@@ -69,6 +71,7 @@ class SourceConfig(_Strict, frozen=True):
     kind: Kind = "real"
     schema: Literal["v1", "v5", "v6"] | None = None
     instruction: str | None = None
+    words: dict[str, tuple[str, ...]] = {}
     exclude: tuple[str, ...] = ()
     families: tuple[str, ...] = ()
     least_frames: NotNegative = 0

@@ -628,7 +628,6 @@ def test_a_damaged_recording_leaves_nothing(tmp_path: Path) -> None:
 
 LIMITED = """
 import resource, sys
-from fractions import Fraction
 from pathlib import Path
 from bundle.errors import StorageError
 from episodes.lerobot import export_lerobot
