@@ -116,6 +116,11 @@ class Preprocessing(_Strict, frozen=True):
     std: tuple[float, float, float]
     cameras: tuple[str, ...]
 
+    @property
+    def how(self) -> str:
+        """In words: what becomes of the shape, and by which filter."""
+        return "letterbox" if self.resize == "letterbox" else f"{self.resize} squash"
+
 
 class Action(_Strict, frozen=True, omit_defaults=True):
     """What the head's numbers mean.

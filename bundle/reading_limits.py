@@ -193,7 +193,7 @@ def is_there(path: Path) -> bool:
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > INTEGER_DIGITS:
+    if len(digits.lstrip("-")) > INTEGER_DIGITS:
         raise ValueError(f"an integer of {len(digits)} digits, more than {INTEGER_DIGITS}")
     return int(digits)
 

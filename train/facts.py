@@ -34,6 +34,7 @@ class TrainingFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         prompt_template: text around the instruction; None in files that do not say, which have the usual one.
         pad_prompt_to: tokens that every prompt was padded to; None for its own length.
         classes: of a class head, in order, each as `name=vx,vy[,wz]`; None in files that do not say, and for other heads.
+        relabel: motions whose frames were labelled as another class; matters to another training alone.
     """
 
     packing: Packing
@@ -48,6 +49,7 @@ class TrainingFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     prompt_template: str | None = None
     pad_prompt_to: int | None = None
     classes: tuple[str, ...] | None = None
+    relabel: dict[str, str] = {}
 
 
 def training_facts(config: Mapping[str, Any]) -> TrainingFacts | None:

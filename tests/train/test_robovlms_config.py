@@ -501,6 +501,16 @@ def test_classes_whose_order_nobody_can_know_must_be_stated(changes: dict[str, A
         assert text in str(caught.value)
 
 
+def test_a_config_of_ours_trains_the_same_classes_again() -> None:
+    again = run(
+        act_head__type="MobileVLAClassificationDecoder",
+        act_head__num_classes=2,
+        jetvla__classes=["Stop=0,0", "F=1.15,0"],
+        jetvla__relabel={"FL": "F"},
+    )
+    assert (again.model.classes, again.model.relabel) == (("Stop=0,0", "F=1.15,0"), {"FL": "F"})
+
+
 def test_stated_classes_go_before_the_loaders() -> None:
     stated = ["Stop", "slow=0.2,0", "fast=1,0", "arc=0.5,0,0.3", "B", "L", "R"]
     config, notes = read(fork_config(**V5, act_head__num_classes=7, jetvla__classes=stated))
@@ -579,6 +589,11 @@ def test_a_wrong_type_is_refused_by_its_path(path: str, value: object) -> None:
 def test_a_misspelt_key_that_is_needed_is_suggested() -> None:
     with pytest.raises(ConfigError, match="did you mean learning_rate by `learnig_rate`"):
         run(learning_rate=None, learnig_rate=1e-4)
+
+
+def test_all_keys_that_are_missing_are_named_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"`window_size`, `learning_rate` are missing"):
+        run(window_size=None, learning_rate=None)
 
 
 def test_which_json_is_robovlms() -> None:
