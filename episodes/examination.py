@@ -49,7 +49,10 @@ from episodes.unwritten import require_recorded_actions
 T = TypeVar("T")
 
 _LISTED = 8
-_TIMES_HINT = "the rate is taken from `fps` or `total_duration` where they are stored, not from these; store seconds, or the attribute `units`."
+_TIMES_HINT = (
+    "the rate is taken from `fps` or `total_duration` where they are stored, not from these; store seconds, or the attribute "
+    "`units`."
+)
 _FROZEN_ERROR_SHARE = 0.5  # of the moves; with more, the pictures do not show what the actions did
 _CLEAR_SHARE = 2 / 3  # of the sideways frames, for a drive to one side
 

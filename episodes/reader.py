@@ -2,7 +2,8 @@
 
 `open_episode` reads everything that is small (actions, texts, attributes), checks it, and leaves the images on disk, but for a few where
 actions end in stops that may never have been written; `frame(i)` reads one. So opening a thousand files is cheap, and whatever is wrong
-with a file but its images is known before training starts. Image damage shows when the frame is read, as an EpisodeError that names file and frame.
+with a file but its images is known before training starts. Image damage shows when the frame is read, as an EpisodeError that names
+file and frame.
 
     with open_episode("episode_20251106_120000_1box_hori_left_core_medium.h5") as episode:
         for frame, action in zip(episode.frames(), episode.actions): ...

@@ -258,7 +258,9 @@ def _require_sources(opened: h5d.DatasetID, path: Path, depth: int) -> None:
             expected=f"at most {_MOST_SOURCES}",
             hint=_LEAVE_OUT,
         )
-    union: h5s.SpaceID | None = None
+    extent = opened.get_space()
+    union = extent.copy()
+    union.select_none()
     whole = False
     for place in range(count):
         file_name, inner = properties.get_virtual_filename(place), properties.get_virtual_dsetname(place)
@@ -282,18 +284,25 @@ def _require_sources(opened: h5d.DatasetID, path: Path, depth: int) -> None:
             _require_covered(source, properties.get_virtual_srcspace(place), path)
         if selected.get_select_type() == h5s.SEL_ALL:
             whole = True
-        elif union is None:
-            union = selected
         else:
-            union = union.combine_select(h5s.SELECT_OR, selected)
-    extent = opened.get_space()
-    if not whole and (union is None or union.get_select_npoints() != extent.get_simple_extent_npoints()):
+            _add(union, selected)
+    if not whole and union.get_select_npoints() != extent.get_simple_extent_npoints():
         raise EpisodeError(
             f"{path}: {name} has parts without a source",
-            got=f"{0 if union is None else union.get_select_npoints()} values",
+            got=f"{union.get_select_npoints()} values",
             expected=f"{extent.get_simple_extent_npoints()}; HDF5 would read the rest as zeros",
             hint="leave the episode out, or write the missing sources.",
         )
+
+
+def _add(union: h5s.SpaceID, selected: h5s.SpaceID) -> None:
+    """Select in `union` what `selected` selects as well."""
+    if selected.get_select_type() != h5s.SEL_HYPERSLABS:
+        return
+    for first, last in selected.get_select_hyper_blocklist():
+        block = tuple(int(end - start + 1) for start, end in zip(first, last, strict=True))
+        ones = (1,) * len(block)
+        union.select_hyperslab(tuple(map(int, first)), ones, None, block, op=h5s.SELECT_OR)
 
 
 def _require_covered(source: h5py.Dataset, selected: h5s.SpaceID, path: Path) -> None:
