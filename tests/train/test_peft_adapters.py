@@ -291,6 +291,7 @@ def test_another_base_is_not_mixed_with_the_files(model: nn.Module, upstream: Sy
         ({"bias": "lora_only"}, {"lora_bias": "lora_only"}, "q_proj.bias"),
         ({"bias": "all"}, {"lora_bias": "all"}, "fc1.bias"),
         ({}, {"train_text_embedding": True}, "embed_tokens.weight"),
+        ({}, {"tune_mm_projector": True}, "image_to_text_projection.dense.weight"),
     ],
 )
 def test_what_was_trained_is_not_taken_from_the_base(
