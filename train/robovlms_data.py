@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from episodes.reader import CAMERAS
 from train.config import PolicySpec
+from train.robovlms_classes import NAV, letterboxed, loader_of
 from train.robovlms_heads import ClassSettings
 from train.robovlms_keys import LabConfig
 
@@ -19,13 +20,20 @@ _PIXEL_NORMS = {
     "none": ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0]),
 }
 _NAV_LEAST = 10  # frames of an episode that NavDataset reads
+_TRAINS, _NAV_TRAINS = 0.8, 0.9  # share of the files where the config says none, of the fork's loader and of NavDataset
+_SATURATION, _NAV_SATURATION = 0.3, 0.4
 _CROP = 0.1  # the fork draws areas of 80 to 100 %, which are sides of about 90 to 100 %
 
 
 def is_h5(lab: LabConfig) -> bool:
     """Whether the fork's loader of H5 episodes was to read the data."""
     kinds = [str(lab.get(f"{path}.type")) for path in lab.datasets("train_dataset")]
-    return any(kind == "NavDataset" or kind.startswith("MobileVLA") for kind in kinds)
+    return any(kind == NAV or kind.startswith("MobileVLA") for kind in kinds)
+
+
+def _is_nav(lab: LabConfig, path: str) -> bool:
+    """Whether the lab's NavDataset reads a dataset."""
+    return loader_of(lab.dataset(path)) == NAV
 
 
 def data_settings(lab: LabConfig, spec: PolicySpec, words: dict[str, Any], classes: ClassSettings) -> dict[str, Any]:
@@ -69,7 +77,9 @@ def augment_settings(lab: LabConfig) -> dict[str, Any]:
     if asked("augment"):
         augment["mirror"] = 0.5
     if asked("use_color_jitter"):
-        augment |= {"brightness": 0.4, "contrast": 0.4, "saturation": 0.3, "hue": 0.1}
+        nav = any(_is_nav(lab, path) for path in lab.datasets("train_dataset"))
+        saturation = _NAV_SATURATION if nav else _SATURATION
+        augment |= {"brightness": 0.4, "contrast": 0.4, "saturation": saturation, "hue": 0.1}
     if asked("use_random_crop"):
         augment["crop"] = _CROP
     stops = [lab.get(f"{path}.counterfactual_stop_prob", 0.0) for path in lab.datasets("train_dataset")]
@@ -87,11 +97,19 @@ def _letterboxed(lab: LabConfig) -> bool:
     modes = {lab.get(f"{path}.resize_mode", "direct") for path in lab.datasets("train_dataset")}
     if len(modes) > 1 or not modes <= {"direct", "letterbox"}:
         raise lab.unusable("train_dataset", expected="one resize_mode, direct or letterbox")
-    if modes == {"letterbox"} and any(
-        lab.get(f"{path}.use_random_crop", False) for path in lab.datasets("train_dataset")
-    ):
-        lab.assume("resize_mode letterbox: the loader leaves it out where use_random_crop crops; here both are done")
-    return modes == {"letterbox"}
+    kept = {letterboxed(lab.dataset(path)) for path in lab.datasets("train_dataset")}
+    if len(kept) > 1:
+        raise lab.unusable("train_dataset", expected="the same use_random_crop in all, where they are letterboxed")
+    if modes == {"letterbox"} and kept == {False}:
+        lab.assume(
+            "without effect: resize_mode letterbox; "
+            + (
+                "the lab's loader leaves it out where use_random_crop crops"
+                if any(_is_nav(lab, path) for path in lab.datasets("train_dataset"))
+                else f"{NAV} alone reads it"
+            )
+        )
+    return kept == {True}
 
 
 def box_annotations(lab: LabConfig) -> Path | None:
@@ -125,7 +143,7 @@ def _axes(spec: PolicySpec, lab: LabConfig) -> tuple[str, ...]:
 def _source(lab: LabConfig, path: str) -> dict[str, Any]:
     """One dataset as a source: its files, and which of them."""
     source: dict[str, Any] = {"files": [_files(lab, path)]}
-    least = lab.get(f"{path}.min_episode_frames", _NAV_LEAST if lab.get(f"{path}.type") == "NavDataset" else 0)
+    least = lab.get(f"{path}.min_episode_frames", _NAV_LEAST if _is_nav(lab, path) else 0)
     filters = {
         "exclude": tuple(lab.get(f"{path}.exclude_path_types", ())),
         "families": tuple(lab.get(f"{path}.include_path_families", ())),
@@ -186,7 +204,7 @@ def _pixel_norm(lab: LabConfig, *, fork: bool) -> str:
 def _note_datasets(lab: LabConfig, data: dict[str, Any], *, fork: bool) -> None:
     """The share that validates, and where the fork's loader does what ours does not."""
     paths = lab.datasets("train_dataset")
-    shares = {lab.get(f"{path}.train_split", 0.8) for path in paths}
+    shares = {lab.get(f"{path}.train_split", _NAV_TRAINS if _is_nav(lab, path) else _TRAINS) for path in paths}
     data["val_share"] = round(1 - max(shares), 6)
     if fork:
         lab.assume(
@@ -200,7 +218,7 @@ def _note_datasets(lab: LabConfig, data: dict[str, Any], *, fork: bool) -> None:
             if (inner := lab.get(f"{path}.{key}", lab.get(key))) != lab.get(key):
                 lab.assume(f"{path}.{key} {inner} differs from {key} {lab.get(key)}, which counts")
         preset = lab.get(f"{path}.instruction_preset")
-        if preset is not None and lab.get(f"{path}.type") != "NavDataset":
+        if preset is not None and not _is_nav(lab, path):
             lab.assume(
                 f"{path}.instruction_preset {preset}: the loader draws sentences that stand in its code; here the words are those of "
                 "the files"
