@@ -437,3 +437,14 @@ def test_a_folded_policy_is_saved_without_adapters(model: nn.Module, upstream: S
     loaded = load(save(upstream, wrapped, tmp_path / "a.ckpt"), base=upstream.base)
     save_small(loaded, tmp_path / "a.safetensors")
     assert_merged(load(tmp_path / "a.safetensors", base=upstream.base), truth(wrapped))
+
+
+def test_a_small_file_may_leave_out_what_training_did_not_move(
+    model: nn.Module, upstream: SyntheticFiles, tmp_path: Path
+) -> None:
+    """Merged adapters leave a config behind that says the rest was to train; what equals the base is not written again."""
+    wrapped = wrap(model, use_dora=True)
+    setup = {"use_dora": True, "freeze_backbone": False, "train_vision": True}
+    loaded = load(save(upstream, wrapped, tmp_path / "a.ckpt", setup=setup), base=upstream.base)
+    save_small(loaded, tmp_path / "small.safetensors")
+    assert_merged(load(tmp_path / "small.safetensors", base=upstream.base), truth(wrapped))
