@@ -80,8 +80,24 @@ def _loss(lab: LabConfig, head: str) -> dict[str, Any]:
     if head == "classes":
         if not (stated["prior_weight"] and stated["class_prior"]):
             stated |= {"prior_weight": 0.0, "class_prior": ()}
+        else:
+            stated["prior_weight"] = _prior_weight(lab, stated["prior_weight"])
         return {"class_weights": weights, **stated}
     return {"gripper_ratio": ratio} if head == "actions_gripper" else {"non_forward": weight}
+
+
+def _prior_weight(lab: LabConfig, written: float) -> float:
+    """What the prior counts beside the cross-entropy in the lab's sum.
+
+    Its head reports loss = ce + w prior under two names, and ce and prior once more; its trainer adds up all of them: 3 ce + (2 w + 1)
+    prior. Three times the loss is the same step of AdamW.
+    """
+    counts = round((2 * written + 1) / 3, 6)
+    lab.assume(
+        f"act_head.prior_reg_weight {written:g} counts as {counts:g}: the lab's trainer adds up all that its head reports, the prior by "
+        "itself among it (loss.prior_weight)"
+    )
+    return counts
 
 
 def _policy(values: Mapping[str, Any], lab: LabConfig, origin: str) -> PolicySpec:

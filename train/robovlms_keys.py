@@ -135,6 +135,13 @@ class LabConfig:
             return tuple(f"{key}[{index}]" for index in range(len(value)))
         return () if value is None else (key,)
 
+    def dataset(self, path: str) -> Mapping[str, Any]:
+        """The object at a path of `datasets`; reads none of its keys."""
+        key, bracket, index = path.partition("[")
+        value = self._values[key]
+        found: Mapping[str, Any] = value[int(index.rstrip("]"))] if bracket else value
+        return found
+
     def refuse(self, *others: tuple[str, object, str]) -> None:
         """Refuse all that asks for what jetvla does not do, at once.
 

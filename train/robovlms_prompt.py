@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bundle.prompt_template import ACTION, PREFIXED, RAW, UPSTREAM
-from train.robovlms_classes import dataset_of, is_v5
+from train.robovlms_classes import NAV, dataset_of, is_v5, loader_of
 
 NAV_PAD_TO = 256
 _BY_ACTION = ("action_aware_train", "strict_action_aware")
@@ -39,7 +39,7 @@ class LabPrompt:
 def lab_prompt(config: Mapping[str, Any]) -> LabPrompt:
     """The prompt of a RoboVLMs config."""
     dataset = dataset_of(config)
-    if dataset.get("type") != "NavDataset":
+    if loader_of(dataset) != NAV:
         return LabPrompt(UPSTREAM, None, "assumed: upstream's text")
     template, because, replaced = _nav(dataset)
     return LabPrompt(template, NAV_PAD_TO, f"read from the config: NavDataset, {because}", replaced)
