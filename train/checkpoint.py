@@ -6,7 +6,7 @@ deployed policies on wrong weights. How files are read safely is in train/checkp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -27,6 +27,7 @@ from train.facts import TrainingFacts, training_facts
 from train.keys import KeyMap, lora_modules, map_keys
 from train.peft_folder import CONFIG_NAME as ADAPTER_CONFIG
 from train.policy import Conventions, KosmosPolicy
+from train.reading_memory import available_bytes, check_memory, check_shared, reading_need
 from train.trained_parts import check_base, check_held
 
 T = TypeVar("T")
@@ -90,6 +91,7 @@ def load(
     x_attn_causal: bool | None = None,
     prompt_template: str | None = None,
     pad_prompt_to: int | None = None,
+    announce: Callable[[str], object] = lambda _: None,
 ) -> LoadedPolicy:
     """Read a checkpoint strictly.
 
@@ -101,9 +103,10 @@ def load(
         x_attn_causal: whether the resampler was trained causal (transformers 4.52 to 5.0 with sdpa). None assumes not, and says so.
         prompt_template, pad_prompt_to: text around an instruction and length of every prompt (0 for its own), as stated by the user; None
             is what the file records, else what the lab's code does with the config.
+        announce: told what loading will take of the memory, before it is taken.
 
     Raises:
-        CheckpointError: unreadable, unsafe, or keys missing, unknown, contradictory, misshapen or not finite.
+        CheckpointError: unreadable, unsafe, larger than the free memory, or keys missing, unknown, contradictory, misshapen or not finite.
         BaseWeightsError: the base is missing or is another one than recorded.
         ConfigError: no usable config, or one that contradicts the weights.
         UnsupportedPolicyError: a variant jetvla does not build.
@@ -131,6 +134,10 @@ def load(
     expected = map_keys(policy.state_dict()).names
     from_base, base_sha256 = _fill_from_base(raw, located, state, expected)
     check_held(setup, recipe, from_base, layers=located.kosmos.text_config.layers, adapted=adapted, origin=path.name)
+    check_shared(state, origin=path.name)
+    need = reading_need(state, (f"backbone.{module}.weight" for module in adapted) if folding else ())
+    check_memory(need, origin=path.name, available=available_bytes())
+    announce(f"loading takes {need}")
     remark = _check_base(path, located, state, recipe, adapted, from_base)
     folded = fold(state, recipe, origin=path.name) if recipe is not None and folding else ()
     _check_names(path, state, policy, expected)
