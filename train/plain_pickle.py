@@ -365,6 +365,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _ordered,
     "collections.Counter": _counter,
     "builtins.set": _set,
+    "builtins.bytes": _bytearray,
     "builtins.bytearray": _bytearray,
     "builtins.complex": _complex,
     "_codecs.encode": _bytes,
