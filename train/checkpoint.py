@@ -24,7 +24,7 @@ from train.base import Base, base_weights, find_base, tensors_sha256
 from train.checkpoint_file import RawCheckpoint, read_raw, write_small
 from train.config import LoraSpec, PolicySpec, policy_spec, read_chain
 from train.facts import TrainingFacts, training_facts
-from train.keys import KeyMap, lora_modules, map_keys
+from train.keys import KeyMap, canonical, lora_modules, map_keys
 from train.peft_folder import CONFIG_NAME as ADAPTER_CONFIG
 from train.policy import Conventions, KosmosPolicy
 from train.reading_memory import available_bytes, check_memory, check_shared, reading_need
@@ -32,6 +32,7 @@ from train.trained_parts import check_base, check_held
 
 T = TypeVar("T")
 _LISTED = 12
+_MOST_ADAPTED = 2000  # Kosmos-2 has 294 Linears
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,7 @@ def load(
 
     policy = _empty_policy(spec, located.kosmos, conventions, () if folding else adapted)
     expected = map_keys(policy.state_dict()).names
+    _check_values(raw, expected)
     from_base, base_sha256 = _fill_from_base(raw, located, state, expected)
     check_held(setup, recipe, from_base, layers=located.kosmos.text_config.layers, adapted=adapted, origin=path.name)
     check_shared(state, origin=path.name)
@@ -361,6 +363,13 @@ def _check_adapters(path: Path, spec: PolicySpec, keys: KeyMap, state: Mapping[s
             expected=f"lora_enable {spec.lora is not None}",
             hint="this is the config of another run; pass the right one with --config.",
         )
+    if len(adapted) > _MOST_ADAPTED:
+        raise CheckpointError(
+            f"{path.name} holds adapters for more modules than any policy has",
+            got=len(adapted),
+            expected=f"at most {_MOST_ADAPTED}",
+            hint="take the file from where it was written.",
+        )
     if spec.lora is not None:
         ranks = {state[f"backbone.{module}.lora_A.weight"].shape[0] for module in adapted}
         if ranks != {spec.lora.r}:
@@ -417,6 +426,18 @@ def _fill_from_base(
     taken = tuple(name for name in missing if name in origin)
     state.update({name: origin[name] for name in taken})
     return taken, digest
+
+
+def _check_values(raw: RawCheckpoint, expected: Mapping[str, object]) -> None:
+    """Refuse a weight that is no tensor: left out, it would be filled in from the base."""
+    odd = [name for name in raw.not_tensors if canonical(name) in expected]
+    if odd:
+        raise CheckpointError(
+            f"{raw.path.name} holds weights that are no tensors",
+            got=_some(odd),
+            expected="tensors",
+            hint="the file was edited or saved by other code than state_dict(); take it from where it was written.",
+        )
 
 
 def _check_names(
