@@ -267,8 +267,9 @@ def _tensor(
     storage: object, offset: object, size: object, stride: object, dtype: object, rest: tuple[object, ...]
 ) -> TensorRef | Foreign:
     """A dense tensor; one whose bits mean something else (conjugated, negated) is foreign."""
-    if isinstance(storage, Foreign) or isinstance(dtype, Foreign):
-        return Foreign((storage if isinstance(storage, Foreign) else dtype).name)  # type: ignore[union-attr]
+    for part in (storage, dtype):
+        if isinstance(part, Foreign):
+            return part
     if not (isinstance(storage, StorageRef) and isinstance(size, tuple) and isinstance(stride, tuple)):
         raise NotPlainError("a tensor without storage, size and stride")
     if len(size) != len(stride) or len(size) > TENSOR_DIMENSIONS:
