@@ -157,19 +157,30 @@ def _flipped(sound: SyntheticFiles) -> Iterator[Case]:
 
 
 def _changed(name: str, content: bytes, place: int, chance: random.Random) -> Case:
-    place = min(place, len(content) - 1)
-    return _file(name, content[:place] + bytes([content[place] ^ (1 << chance.randrange(8))]) + content[place + 1 :])
+    place, bit = min(place, len(content) - 1), 1 << chance.randrange(8)
+    return _lazy(name, lambda: content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :])
+
+
+def _lazy(name: str, content: Callable[[], bytes]) -> Case:
+    """A file that is made when it is needed: hundreds of them do not fit."""
+
+    def make(folder: Path) -> Path:
+        path = folder / "policy.ckpt"
+        path.write_bytes(content())
+        return path
+
+    return Case(name, make)
 
 
 def _cut(sound: SyntheticFiles) -> Iterator[Case]:
     content = sound.checkpoint.read_bytes()
     for share in (0, 1, 10, 30, 50, 70, 90, 99):
-        yield _file(f"cut/at {share} %", content[: len(content) * share // 100])
+        yield _lazy(f"cut/at {share} %", lambda share=share: content[: len(content) * share // 100])  # type: ignore[misc]
     chance = random.Random(_SEED + 1)
     for index in range(8):
         place = chance.randrange(len(content))
-        yield _file(f"cut/zeros {index}", content[:place] + b"\0" * 4096 + content[place + 4096 :])
-        yield _file(f"cut/a byte more {index}", content[:place] + b"x" + content[place:])
+        yield _lazy(f"cut/zeros {index}", lambda place=place: content[:place] + b"\0" * 4096 + content[place + 4096 :])  # type: ignore[misc]
+        yield _lazy(f"cut/a byte more {index}", lambda place=place: content[:place] + b"x" + content[place:])  # type: ignore[misc]
 
 
 # --- bombs --------------------------------------------------------------------------------------------------------------
