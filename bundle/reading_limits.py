@@ -24,7 +24,8 @@ INTEGER_DIGITS = 40  # 128 bits; larger ones are no dimension, count or seed of 
 
 # Checkpoints: RoboVLMs' own have 2,700 tensors and 0.6 MB of pickle, optimizer states included.
 PICKLE_BYTES = 32 << 20
-PICKLE_STEPS = 2_000_000
+PICKLE_STEPS = 1_000_000
+PICKLE_COPIES = 8 << 20  # bytes and items that calls in a pickle copy
 SAFETENSORS_HEADER_BYTES = 16 << 20
 ZIP_DIRECTORY_BYTES = 16 << 20
 TENSORS = 50_000
@@ -171,6 +172,8 @@ def check_plain(
                 expected=f"at most {INTEGER_DIGITS} digits",
                 hint=hint,
             )
+        if isinstance(each, str) and not each.isascii():
+            _check_text(each, origin, error, hint)
         if not isinstance(each, dict | list | tuple | set | frozenset):
             continue
         if depth >= PLAIN_DEPTH:
@@ -181,7 +184,7 @@ def check_plain(
             )
         waiting += [(inner, depth + 1) for inner in (each.values() if isinstance(each, dict) else each)]
         if isinstance(each, dict):
-            waiting += [(key, depth + 1) for key in each if not isinstance(key, str)]
+            waiting += [(key, depth + 1) for key in each if not (isinstance(key, str) and key.isascii())]
 
 
 def is_there(path: Path) -> bool:
@@ -192,9 +195,17 @@ def is_there(path: Path) -> bool:
         return False
 
 
+def _check_text(text: str, origin: str, error: type[JetvlaError], hint: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        found = ascii(text[:_SHOWN])
+        raise error(f"{origin} holds a text that is none", got=found, expected="Unicode", hint=hint) from None
+
+
 def _integer(digits: str) -> int:
-    if len(digits.lstrip("-")) > INTEGER_DIGITS:
-        raise ValueError(f"an integer of {len(digits)} digits, more than {INTEGER_DIGITS}")
+    if (count := len(digits.lstrip("-"))) > INTEGER_DIGITS:
+        raise ValueError(f"an integer of {count} digits, more than {INTEGER_DIGITS}")
     return int(digits)
 
 

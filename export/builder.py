@@ -138,6 +138,7 @@ def _read_and_plan(config: BuildConfig, reporter: Reporter) -> tuple[LoadedPolic
             x_attn_causal=config.x_attn_causal,
             prompt_template=config.prompt_template,
             pad_prompt_to=config.pad_prompt_to,
+            announce=reporter.result,
         )
         if config.infer_from is not None:
             infer_conventions(config, loaded, reporter)

@@ -6,7 +6,7 @@ deployed policies on wrong weights. How files are read safely is in train/checkp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -24,9 +24,10 @@ from train.base import Base, base_weights, find_base, tensors_sha256
 from train.checkpoint_file import RawCheckpoint, read_raw, write_small
 from train.config import LoraSpec, PolicySpec, policy_spec, read_chain
 from train.facts import TrainingFacts, training_facts
-from train.keys import KeyMap, lora_modules, map_keys
+from train.keys import KeyMap, canonical, lora_modules, map_keys
 from train.peft_folder import CONFIG_NAME as ADAPTER_CONFIG
 from train.policy import Conventions, KosmosPolicy
+from train.reading_memory import available_bytes, check_memory, check_shared, reading_need
 from train.trained_parts import check_base, check_held
 
 T = TypeVar("T")
@@ -38,6 +39,7 @@ _HEADS_BY_PART = {
     "act_head.logits.": "MobileVLAClassificationDecoder",
 }
 _MAX_PROMPT = 2048  # Kosmos-2's max_position_embeddings
+_MOST_ADAPTED = 2000  # Kosmos-2 has 294 Linears
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def load(
     x_attn_causal: bool | None = None,
     prompt_template: str | None = None,
     pad_prompt_to: int | None = None,
+    announce: Callable[[str], object] = lambda _: None,
 ) -> LoadedPolicy:
     """Read a checkpoint strictly.
 
@@ -115,9 +118,10 @@ def load(
         x_attn_causal: whether the resampler was trained causal (transformers 4.52 to 5.0 with sdpa). None assumes not, and says so.
         prompt_template, pad_prompt_to: text around an instruction and length of every prompt (0 for its own), as stated by the user; None
             is what the file records, else what the lab's code does with the config.
+        announce: told what loading will take of the memory, before it is taken.
 
     Raises:
-        CheckpointError: unreadable, unsafe, or keys missing, unknown, contradictory, misshapen or not finite.
+        CheckpointError: unreadable, unsafe, larger than the free memory, or keys missing, unknown, contradictory, misshapen or not finite.
         BaseWeightsError: the base is missing or is another one than recorded.
         ConfigError: no usable config, or one that contradicts the weights.
         UnsupportedPolicyError: a variant jetvla does not build.
@@ -144,11 +148,16 @@ def load(
     _check_told(path, spec, settings, located.kosmos)
     policy = _empty_policy(spec, located.kosmos, conventions, () if folding else adapted)
     expected = map_keys(policy.state_dict()).names
+    _check_values(raw, expected)
     from_base, base_sha256 = _fill_from_base(raw, located, state, expected)
     if raw.kind != "jetvla" or "base_sha256" not in raw.recorded:
         # What our small files leave out is the base's, and that is proved.
         layers = located.kosmos.text_config.layers
         check_held(setup, recipe, from_base, layers=layers, adapted=adapted, origin=path.name)
+    check_shared(state, origin=path.name)
+    need = reading_need(state, (f"backbone.{module}.weight" for module in adapted) if folding else ())
+    check_memory(need, origin=path.name, available=available_bytes())
+    announce(f"loading takes {need}")
     remark = _check_base(path, located, setup, state, recipe, adapted, from_base)
     folded = fold(state, recipe, origin=path.name) if recipe is not None and folding else ()
     _check_names(path, state, policy, expected)
@@ -379,6 +388,13 @@ def _check_adapters(path: Path, spec: PolicySpec, keys: KeyMap, state: Mapping[s
             expected=f"lora_enable {spec.lora is not None}",
             hint="this is the config of another run; pass the right one with --config.",
         )
+    if len(adapted) > _MOST_ADAPTED:
+        raise CheckpointError(
+            f"{path.name} holds adapters for more modules than any policy has",
+            got=len(adapted),
+            expected=f"at most {_MOST_ADAPTED}",
+            hint="take the file from where it was written.",
+        )
     if spec.lora is not None:
         ranks = {state[f"backbone.{module}.lora_A.weight"].shape[0] for module in adapted}
         if ranks != {spec.lora.r}:
@@ -435,6 +451,18 @@ def _fill_from_base(
     taken = tuple(name for name in missing if name in origin)
     state.update({name: origin[name] for name in taken})
     return taken, digest
+
+
+def _check_values(raw: RawCheckpoint, expected: Mapping[str, object]) -> None:
+    """Refuse a weight that is no tensor: left out, it would be filled in from the base."""
+    odd = [name for name in raw.not_tensors if canonical(name) in expected]
+    if odd:
+        raise CheckpointError(
+            f"{raw.path.name} holds weights that are no tensors",
+            got=_some(odd),
+            expected="tensors",
+            hint="the file was edited or saved by other code than state_dict(); take it from where it was written.",
+        )
 
 
 def _check_names(

@@ -118,6 +118,10 @@ def read_chain(path: Path) -> tuple[dict[str, Any], tuple[Path, ...]]:
     seen: list[Path] = []
     current: Path | None = path
     while current is not None:
+        if seen and not is_there(current):
+            raise ConfigError(
+                f"{ascii(str(current))[1:-1]} does not exist", got=f"named by {path}", hint="correct the path."
+            )
         if current.resolve() in seen:
             raise ConfigError(
                 f"{path} inherits from itself",
@@ -132,7 +136,7 @@ def read_chain(path: Path) -> tuple[dict[str, Any], tuple[Path, ...]]:
                 hint="write what the run used into one file.",
             )
         seen.append(current.resolve())
-        child = _read_object(current, first=path)
+        child = _read_object(current)
         merged = _merge(child, merged)
         parent = child.get("parent")
         current = _locate(parent, current.parent) if parent else None
@@ -229,9 +233,7 @@ def _refuse_magnitudes(config: dict[str, Any]) -> None:
             )
 
 
-def _read_object(path: Path, *, first: Path) -> dict[str, Any]:
-    if path != first and not is_there(path):
-        raise ConfigError(f"{ascii(str(path))[1:-1]} does not exist", got=f"named by {first}", hint="correct the path.")
+def _read_object(path: Path) -> dict[str, Any]:
     value = limited_json(path, error=ConfigError, hint="pass the RoboVLMs training config (.json).")
     if not isinstance(value, dict):
         raise ConfigError(
