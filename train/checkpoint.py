@@ -131,7 +131,9 @@ def load(
     policy = _empty_policy(spec, located.kosmos, conventions, () if folding else adapted)
     expected = map_keys(policy.state_dict()).names
     from_base, base_sha256 = _fill_from_base(raw, located, state, expected)
-    if raw.kind != "jetvla" or "base_sha256" not in raw.recorded:  # what our small files leave out is the base's, and that is proved
+    if (
+        raw.kind != "jetvla" or "base_sha256" not in raw.recorded
+    ):  # what our small files leave out is the base's, and that is proved
         layers = located.kosmos.text_config.layers
         check_held(setup, recipe, from_base, layers=layers, adapted=adapted, origin=path.name)
     remark = _check_base(path, located, state, recipe, adapted, from_base)
