@@ -6,6 +6,18 @@ Programmers' errors (wrong types, broken invariants) stay plain Python exception
 
 from __future__ import annotations
 
+_LONGEST = 4000
+
+
+def _shown(value: object) -> str:
+    """A value as text that a terminal can show: names and values of strangers' files stand in messages."""
+    text = str(value)
+    if len(text) > _LONGEST:
+        text = f"{text[:_LONGEST]}... ({len(text)} characters)"
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() or each == "\n" else ascii(each)[1:-1] for each in text)
+
 
 class JetvlaError(Exception):
     """Base of all errors that a user can mend.
@@ -22,11 +34,11 @@ class JetvlaError(Exception):
         self.got = got
         self.expected = expected
         self.hint = hint
-        lines = [what]
+        lines = [_shown(what)]
         if got is not None:
-            lines.append(f"  got:      {got}")
+            lines.append(f"  got:      {_shown(got)}")
         if expected is not None:
-            lines.append(f"  expected: {expected}")
+            lines.append(f"  expected: {_shown(expected)}")
         super().__init__("\n".join(lines) + f"\n\nhint: {hint}")
 
 

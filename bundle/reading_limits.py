@@ -58,7 +58,7 @@ def check_regular_file(
     try:
         found = path.stat()
     except FileNotFoundError:
-        raise error(f"{path} does not exist", hint=hint) from None
+        raise error(f"{path} does not exist", hint="correct the path.") from None
     except (OSError, ValueError) as problem:
         raise error(f"{_shown(path)} cannot be opened", got=problem, expected="a file", hint=hint) from None
     if not stat.S_ISREG(found.st_mode):
@@ -193,7 +193,7 @@ def is_there(path: Path) -> bool:
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > INTEGER_DIGITS:
+    if len(digits.lstrip("-")) > INTEGER_DIGITS:
         raise ValueError(f"an integer of {len(digits)} digits, more than {INTEGER_DIGITS}")
     return int(digits)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -20,9 +21,6 @@ ACTION = "action"
 COPY_AGAIN = "copy the whole dataset again; if it is like this at its source too, export it again or leave it out."
 _FPS = (0.1, 240.0)
 _MOST_EPISODES = 1_000_000
-_CONVERT = (
-    "convert it with lerobot's own script: python -m lerobot.datasets.v30.convert_dataset_v21_to_v30 --repo-id=..."
-)
 _HAND = re.compile(r"(?i)hand|wrist|gripper")
 # Other names under which robots record the three velocities, in the same units; all else keeps its name.
 _AXES = {
@@ -173,7 +171,9 @@ def _check_version(folder: Path, version: object) -> None:
         f"{folder} is a LeRobot dataset of another version",
         got=version,
         expected="v3.0",
-        hint=_CONVERT if older else "this version of jetvla reads v3 only; export it with a lerobot that writes v3.",
+        hint=_converting(folder)
+        if older
+        else "this version of jetvla reads v3 only; export it with a lerobot that writes v3.",
     )
 
 
@@ -205,3 +205,13 @@ def _is_depth(feature: Mapping[str, object]) -> bool:
 
 def _damaged(folder: Path, got: object, expected: str) -> EpisodeError:
     return EpisodeError(f"{folder / INFO} is damaged", got=got, expected=expected, hint=COPY_AGAIN)
+
+
+def _converting(folder: Path) -> str:
+    """LeRobot's own command for a folder on this disk; without the last option it would rewrite a dataset of that name on the Hub."""
+    place = folder.absolute()
+    return (
+        "convert it with lerobot's own script, which replaces the folder and keeps the old one beside it: python -m "
+        "lerobot.datasets.v30.convert_dataset_v21_to_v30 "
+        f"--root {shlex.quote(str(place.parent))} --repo-id {shlex.quote(place.name)} --push-to-hub false"
+    )

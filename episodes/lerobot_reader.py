@@ -25,6 +25,7 @@ from episodes.lerobot_info import ACTION, COPY_AGAIN, TASKS, Camera, Info, read_
 from episodes.lerobot_tables import TableFrames, read_columns
 from episodes.reader import Episode
 
+_FRAME_TOLERANCE = 0.5  # of the frames that from_timestamp and to_timestamp enclose
 _SMALL = ("episode_index", "frame_index", "task_index", ACTION)
 
 
@@ -209,9 +210,10 @@ def open_dataset(folder: Path, camera: str | None) -> LeRobotDataset:
 def _read_entries(info: Info, camera: Camera) -> tuple[_Entry, ...]:
     """The episodes in order, from all tables in meta/episodes."""
     wanted = ["episode_index", "length", "data/chunk_index", "data/file_index"]
-    keys = [f"videos/{camera.name}/{key}" for key in ("chunk_index", "file_index", "from_timestamp")]
+    keys = [f"videos/{camera.name}/{key}" for key in ("chunk_index", "file_index", "from_timestamp", "to_timestamp")]
     wanted += keys if camera.is_video else []
     rows: dict[int, _Entry] = {}
+    disagreeing: list[tuple[int, float, int]] = []
     folder = info.folder / "meta" / "episodes"
     paths = sorted(folder.glob("*/*.parquet"))
     for path in paths:
@@ -221,12 +223,25 @@ def _read_entries(info: Info, camera: Camera) -> tuple[_Entry, ...]:
                 number, length = int(row["episode_index"]), int(row["length"])
                 video = info.video_file(camera.name, *(int(row[key]) for key in keys[:2])) if camera.is_video else None
                 data = info.data_file(int(row["data/chunk_index"]), int(row["data/file_index"]))
-                rows[number] = _Entry(length, data, video, float(row[keys[2]]) if camera.is_video else 0.0)
+                start = float(row[keys[2]]) if camera.is_video else 0.0
+                seconds = float(row[keys[3]]) - start if camera.is_video else length / info.fps
+                rows[number] = _Entry(length, data, video, start)
+                if not abs(seconds * info.fps - length) < _FRAME_TOLERANCE:
+                    disagreeing.append((number, seconds, length))
     if sorted(rows) != list(range(info.episodes)) or any(entry.length < 1 for entry in rows.values()):
         raise EpisodeError(
             f"{folder} does not tell of all episodes",
             got=f"{len(rows)} episodes in {len(paths)} tables",
             expected=f"episodes 0 to {info.episodes - 1}, each with frames",
+            hint=COPY_AGAIN,
+        )
+    if disagreeing:
+        number, seconds, length = disagreeing[0]
+        raise EpisodeError(
+            f"{folder} gives episodes another length in the video than in the table",
+            got=f"episode {number}: {seconds:.4f} s of video, {length} frames at {info.fps:g} per second"
+            + (f", and {len(disagreeing) - 1} more" if len(disagreeing) > 1 else ""),
+            expected=f"{length / info.fps:.4f} s: else every frame would be another one's",
             hint=COPY_AGAIN,
         )
     return tuple(rows[number] for number in range(info.episodes))

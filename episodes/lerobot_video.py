@@ -26,6 +26,9 @@ PIXEL_FORMAT = "yuv420p"
 KEY_FRAME_EVERY = 2
 _CODECS = {"libx264": {"crf": "18", "preset": "medium"}, "mpeg4": {"qmin": "2", "qmax": "4"}}
 _AHEAD_SECONDS = 2.0  # decoding this far is no slower than a seek
+TOLERANCE_SECONDS = 1e-4  # between the table's time and the video's; what LeRobot itself allows
+_ROUNDING = 1.01  # times are float64 made of float32
+_RATE_TOLERANCE = 0.01
 
 
 @dataclass
@@ -60,6 +63,10 @@ class VideoFrames:
         wanted, half = self.start + index / self.fps, 0.5 / self.fps
         try:
             frame = self._find(wanted, half)
+            if frame is not None and abs(off := float(frame.time) - wanted) > TOLERANCE_SECONDS * _ROUNDING:
+                raise ValueError(
+                    f"the nearest frame is {off:+.4f} s off {wanted:.4f} s, more than {TOLERANCE_SECONDS:g} s"
+                )
             image = None if frame is None else frame.to_ndarray(format="rgb24")
         except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
             self._release()
@@ -86,6 +93,7 @@ class VideoFrames:
         if not self._container.streams.video:
             raise ValueError("no video stream")
         stream = self._container.streams.video[0]
+        self._require_clock(stream)
         for back in (0.0, _AHEAD_SECONDS, wanted):
             self._container.seek(max(0, int((wanted - half - back) / stream.time_base)), stream=stream)
             self._decoded = self._container.decode(stream)
@@ -93,6 +101,15 @@ class VideoFrames:
             if frame is not None or not overshot:
                 return frame
         return None
+
+    def _require_clock(self, stream: Any) -> None:
+        """Refuse a video whose rate or beginning is not the dataset's: its frames would be taken for others."""
+        rate = stream.average_rate
+        if rate and not abs(float(rate) / self.fps - 1) <= _RATE_TOLERANCE:
+            raise ValueError(f"{float(rate):.3f} frames per second in the video, {self.fps:g} in the dataset")
+        begins = 0.0 if stream.start_time is None else float(stream.start_time * stream.time_base)
+        if begins > TOLERANCE_SECONDS:
+            raise ValueError(f"the video begins at {begins:.4f} s, and the dataset counts from 0")
 
     def _decode_to(self, wanted: float, half: float) -> tuple[Any, bool]:
         """The frame, or None and whether the very first one was too late: a seek goes by decoding time, which precedes showing."""

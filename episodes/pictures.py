@@ -13,13 +13,15 @@ One decoder, so that the same file is the same array wherever it comes in, and w
 | 16 bits, CMYK, an animated PNG | refused: 10 or 12 bits in 16 would be a black picture, or a white one if cut |
 
 What is allowed is judged by the file's bytes and never by a library's name of its format, and before a pixel is decoded, because a few
-kilobytes can hold gigabytes or minutes. A picture that is cut short is an error: half a picture over a grey field looks like one.
+kilobytes can hold gigabytes or minutes. A picture that is cut short is an error, also where somebody closed it: half a picture over a grey
+field looks like one.
 Needs no HDF5, so a robot can import it.
 """
 
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -27,7 +29,7 @@ from itertools import dropwhile, takewhile
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import JpegImagePlugin, PngImagePlugin
+from PIL import Image, ImageChops, JpegImagePlugin, PngImagePlugin
 
 from bundle.errors import PictureError
 from bundle.reading_limits import (
@@ -44,6 +46,11 @@ _SMALL_CHUNK = 256  # bytes; encoders put thousands into one
 SIGNATURES = _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"  # with which the files begin
 _MODES = ("RGB", "L", "P", "RGBA", "LA", "1")
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of PNG's colour types
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # of a JPEG, behind a scan
+_MORE = b"".join(
+    bytes([0xFF, marker, *range(1, 255)]) for marker in range(0xD0, 0xD8)
+)  # and where a restart is waited for
+_ARITHMETIC = tuple(bytes([marker]) for marker in range(0xC9, 0xD0) if marker != 0xCC)
 # First column and row, and steps, of the passes of an interlaced PNG (PNG specification, 8.1).
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 # What Pillow raises on bytes that lie.
@@ -82,26 +89,76 @@ def decode_picture(
             hint="other formats, and raw pixels, are not taken.",
             fault="format",
         )
-    image: JpegImagePlugin.JpegImageFile | PngImagePlugin.PngImageFile
     try:
-        # By its class: `Image.open` looks for further pictures in a JPEG and then calls it by another name.
-        if data.startswith(_JPEG):
-            scans = _check_segments(data)
-            image = JpegImagePlugin.JpegImageFile(io.BytesIO(data))
-        else:
-            scans = 1
-            _check_chunks(data, most_pixels)
-            image = PngImagePlugin.PngImageFile(io.BytesIO(data))
+        image, scans = _opened(data, most_pixels)
         with image:
             _check_size(image.width, image.height, most_pixels, scans)
             if image.mode not in _MODES:
                 raise _unclear(f"pixels of the kind {image.mode}")
             image.load()
             image.info.pop("transparency", None)
-            return np.array(image if image.mode == "RGB" else image.convert("RGB"), np.uint8)
+            pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"), np.uint8)
+            if data.startswith(_JPEG) and ("progressive" in image.info or _may_be_filled(pixels)):
+                _check_end(data, image)
+            return pixels
     except _DAMAGE as error:
-        # Pillow's word for a header that it cannot read speaks of itself.
-        raise _damaged("no header that can be read" if "this driver" in str(error) else error) from None
+        raise _damaged(error) from None
+
+
+def _may_be_filled(pixels: NDArray[np.uint8]) -> bool:
+    """Whether the last block of a JPEG's pixels is flat, as libjpeg leaves it where the data ends before it.
+
+    Without the block's first row and column, into which the colours of its neighbours reach.
+    """
+    bottom, right = ((side - 1) // 8 * 8 + 1 for side in pixels.shape[:2])
+    block = pixels[bottom:, right:].reshape(-1, 3)
+    return block.size == 0 or not (block != block[0]).any()
+
+
+def _check_end(data: bytes, image: Image.Image) -> None:
+    """Refuse a JPEG whose end was written behind half of its pixels, which libjpeg fills up with grey without an error.
+
+    Bytes between the last pixel and the end are skipped by every decoder. Where they change the picture, pixels were missing.
+    """
+    stirred = _stirred(data)
+    if stirred is not None:
+        with JpegImagePlugin.JpegImageFile(io.BytesIO(stirred)) as other:
+            other.load()
+            if ImageChops.difference(image, other).getbbox() is not None:
+                raise _damaged("an end before the last pixels")
+
+
+def _stirred(data: bytes) -> bytes | None:
+    """A JPEG with more bytes at the end of each scan; None where they might count (arithmetic coding takes zeros for what is missing)."""
+    pieces: list[bytes] = []
+    done, at = 0, 2
+    for _ in range(PICTURE_SEGMENTS):
+        marker = data[at + 1 : at + 2]
+        if data[at : at + 1] != b"\xff" or marker in _ARITHMETIC:
+            return None
+        if marker == b"\xd9":
+            return b"".join([*pieces, data[done:]])
+        at += 1 if marker == b"\xff" else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == b"\xda":
+            end = _MARKER.search(data, at)
+            if end is None:
+                return None
+            pieces += [data[done : end.start()], _MORE[2:], _MORE]
+            done = at = end.start()
+    raise _damaged("more segments than a picture has", f"at most {PICTURE_SEGMENTS}")
+
+
+def _opened(data: bytes, most_pixels: int) -> tuple[JpegImagePlugin.JpegImageFile | PngImagePlugin.PngImageFile, int]:
+    """The file, not decoded, and the number of its scans.
+
+    By its class, because `Image.open` looks for further pictures in a JPEG and then calls it by another name.
+    """
+    is_jpeg = data.startswith(_JPEG)
+    scans = _check_segments(data) if is_jpeg else _check_chunks(data, most_pixels)
+    try:
+        return (JpegImagePlugin.JpegImageFile if is_jpeg else PngImagePlugin.PngImageFile)(io.BytesIO(data)), scans
+    except _DAMAGE as error:
+        raise _damaged(f"no header that can be read ({error})") from None
 
 
 def _check_segments(data: bytes) -> int:
@@ -124,8 +181,8 @@ def _check_segments(data: bytes) -> int:
     )
 
 
-def _check_chunks(data: bytes, most_pixels: int) -> None:
-    """What a PNG says of itself, and that its pixels are all there, which Pillow does not notice at the end of a row."""
+def _check_chunks(data: bytes, most_pixels: int) -> int:
+    """The number of scans of a PNG, which is one; that its pixels are all there, which Pillow does not notice at the end of a row."""
     chunks = list(_chunks(data))
     kinds = [kind for kind, _ in chunks]
     if kinds[:1] != [b"IHDR"] or len(chunks[0][1]) != 13:
@@ -147,6 +204,7 @@ def _check_chunks(data: bytes, most_pixels: int) -> None:
     got = _inflated((content for _, content in pixels), wanted)
     if got < wanted:
         raise _damaged(f"{got} bytes of pixels", f"{wanted}")
+    return 1
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:

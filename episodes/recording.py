@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from episodes.reader import Episode
 
 SUFFIX = ".mcap"
+_FORMAT = "jpeg"  # of all pictures that the flight recorder writes
 _NAME = re.compile(r"(?s)(.+\.mcap)#(\d+)", re.IGNORECASE)
 
 
@@ -186,11 +187,14 @@ class RecordedFrames:
         try:
             with self._lock:
                 data = self._message(self.places[index])
-            return bytes(decode(IMAGE, data)["data"])
+            message = decode(IMAGE, data)
         except RecordingError as error:
             raise self._corrupt(index, f"{error.what}: {error.got}") from None
         except OSError as error:
             raise self._corrupt(index, error.strerror or str(error)) from error
+        if message["format"] != _FORMAT:  # a topic of somebody else's, whose red and blue may be exchanged
+            raise self._corrupt(index, f"format {message['format']!r}")
+        return bytes(message["data"])
 
     def _message(self, place: MessagePlace) -> bytes:
         assert self.file is not None

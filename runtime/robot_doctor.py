@@ -31,6 +31,7 @@ from runtime.robot_view import plan_lines
 PICTURE = Path("doctor.png")
 _LISTEN_S = 2.0  # how long DDS may take to find who listens
 _SLOW = 0.95
+_WHITE = 0.5  # of the values
 _DULL = 10.0  # sharpness below which a picture has hardly an edge
 
 
@@ -148,6 +149,10 @@ def _camera(robot: RobotFile, seconds: float, report: _Report, *, name: str = "c
             f"the robot would have stopped: no good picture for {found.longest_gap_s:.2f} s, and safety.stale_frame_s is "
             f"{robot.safety.stale_frame_s:g} s"
         )
+    if found.bright_share > _WHITE:
+        report.problem(
+            f"{found.bright_share:.0%} of the picture is white: too much light, or numbers of more than 8 bits that were cut to 8"
+        )
     if found.sharpness < _DULL:
         report.problem("the picture has hardly an edge: a covered, fogged or unfocused lens, or an empty wall")
     return found
@@ -179,7 +184,7 @@ def _bundle(bundle: Path, manifest: Manifest, report: _Report) -> None:
         + f", manifest {manifest.manifest_sha256[:12]}, parity {manifest.parity.verdict}",
         f"packing {prompt.packing} ({prompt.packing_source}), x_attn_causal {str(manifest.x_attn_causal).lower()} "
         f"({manifest.x_attn_causal_source})",
-        f"picture: {manifest.preprocessing.color}, {manifest.preprocessing.resize} squash to {dims.image_size} x {dims.image_size}, "
+        f"picture: {manifest.preprocessing.color}, {manifest.preprocessing.how} to {dims.image_size} x {dims.image_size}, "
         f"cameras {', '.join(manifest.preprocessing.cameras)}",
         f"window {dims.window}, chunk {dims.chunk}, fps {'unknown' if manifest.fps is None else f'{manifest.fps:g}'}",
         f"action ({action.head}, {scale}): {axes}",
@@ -257,7 +262,7 @@ def _picture(manifest: Manifest, robot: RobotFile, found: CameraFindings | None,
         f"{robot.name}: {kind_of(config)}, {pixels.shape[1]} x {pixels.shape[0]} upright, colour_order {config.colour_order}, "
         f"rotate {config.rotate}, {found.fps:.1f} pictures a second, brightness {found.brightness:.0f}"
     )
-    how = f"{size} x {size}, {manifest.preprocessing.resize} squash"
+    how = f"{size} x {size}, {manifest.preprocessing.how}"
     write_bytes(out, draw_doctor(pixels, resize(pixels, manifest.preprocessing, size), facts, how))
     return out
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
+from pathlib import Path
 
 from bundle.errors import JetvlaError
 
@@ -67,7 +69,8 @@ def obey_discovery(error: type[JetvlaError]) -> None:
         JetvlaError: `error`: a variable has no meaning, or forbids to find anybody.
     """
     if os.environ.get("ROS_LOCALHOST_ONLY") == "1":
-        os.environ.setdefault("CYCLONEDDS_URI", _LOOPBACK)
+        if not _names_interfaces(os.environ.get("CYCLONEDDS_URI", "")):
+            _configure(_LOOPBACK)
         return
     found_by = os.environ.get("ROS_AUTOMATIC_DISCOVERY_RANGE", "") or "SUBNET"
     if found_by == "SYSTEM_DEFAULT":
@@ -88,9 +91,23 @@ def obey_discovery(error: type[JetvlaError]) -> None:
             general="<General><AllowMulticast>false</AllowMulticast></General>" if local else "",
             peers="".join(f"<Peer address='{peer}'/>" for peer in peers),
         )
-        others = os.environ.get("CYCLONEDDS_URI", "")
-        if not others.startswith(ours):
-            os.environ["CYCLONEDDS_URI"] = f"{ours},{others}" if others else ours
+        _configure(ours)
+
+
+def _configure(ours: str) -> None:
+    """In front of the user's own settings, which go on from there."""
+    others = os.environ.get("CYCLONEDDS_URI", "")
+    if not others.startswith(ours):
+        os.environ["CYCLONEDDS_URI"] = f"{ours},{others}" if others else ours
+
+
+def _names_interfaces(uri: str) -> bool:
+    """Whether settings choose network interfaces themselves; cyclonedds would add ours to them."""
+    texts = [uri]
+    for path in re.findall(r"file://([^,]+)", uri):
+        with suppress(OSError):
+            texts.append(Path(path).read_text(errors="replace"))
+    return any("NetworkInterface" in text for text in texts)
 
 
 def _static_peers(error: type[JetvlaError]) -> list[str]:

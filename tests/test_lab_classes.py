@@ -199,6 +199,7 @@ def test_checkpoint_and_bundle_are_judged_by_their_own_classes(folder: Path, che
     assert turned == (EPISODES // 2 * TURNING, EPISODES // 2 * TURNING)
     np.testing.assert_array_equal(judged[1].measures.directions, confusion)
     assert judged[0].measures.direction_accuracy.value > 0.9
+    assert judged[0].measures.sign_accuracy[2].value > 0.9  # a recorded turn of 0.2 rad/s is a turn
 
 
 def test_a_whole_prompt_is_not_wrapped_again(checkpoint: Path, bundle: Path) -> None:

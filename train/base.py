@@ -6,22 +6,32 @@ of another machine, so it is also looked for near the checkpoint; dimensions of 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import Kosmos2Config
 
-from bundle.errors import BaseWeightsError, ConfigError
+from bundle.errors import BaseWeightsError, ConfigError, InputFileError
 from bundle.hashing import sha256_arrays
+from bundle.reading_limits import is_there, read_json
 from train.keys import canonical
+from train.safetensors_file import read_safetensors
 
 _REAL_WIDTHS = {"vision": 1024, "text": 2048}
 _LISTED = 3
+_HINT = "pass the directory of microsoft/kosmos-2-patch14-224 with --base."
+# Far beyond every model of this kind.
+_MOST = {
+    "text_config.layers": 256, "text_config.embed_dim": 1 << 16, "text_config.ffn_dim": 1 << 18, "text_config.attention_heads": 1024,
+    "text_config.vocab_size": 1 << 22, "text_config.max_position_embeddings": 1 << 20,
+    "vision_config.num_hidden_layers": 256, "vision_config.hidden_size": 1 << 16, "vision_config.intermediate_size": 1 << 18,
+    "vision_config.num_attention_heads": 1024, "vision_config.num_channels": 16, "vision_config.image_size": 1 << 13,
+    "vision_config.patch_size": 1 << 13, "latent_query_num": 1 << 12,
+}  # fmt: skip
+_MOST_TABLE = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,7 @@ def find_base(checkpoint: Path, *, explicit: Path | None, written: str | None, s
         return Base(explicit, read_base_config(explicit))
     searched: list[Path] = []
     for folder in _places(checkpoint, written):
-        if (folder / "config.json").exists() and _is_kosmos(folder / "config.json"):
+        if is_there(folder / "config.json") and _is_kosmos(folder / "config.json"):
             return Base(folder, read_base_config(folder), tuple(searched))
         searched.append(folder / "config.json")
     widths = {
@@ -103,12 +113,8 @@ def base_weights(folder: Path) -> dict[str, Tensor]:
         )
     tensors: dict[str, Tensor] = {}
     for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a mapping
-                    tensors[canonical(name)] = file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise BaseWeightsError(f"{path} is damaged", got=error, hint="download the file again.") from None
+        _, found = read_safetensors(path, error=BaseWeightsError, hint="download the file again.")
+        tensors |= {canonical(name): tensor for name, tensor in found.items()}
     return tensors
 
 
@@ -131,16 +137,17 @@ def _places(checkpoint: Path, written: str | None) -> list[Path]:
     near = [checkpoint.parent, *list(checkpoint.resolve().parents)[1:3], Path.cwd()]
     return (
         [name]
-        if name.is_absolute() and name.exists()
+        if name.is_absolute() and is_there(name)
         else [folder / part for folder in near for part in (name, name.name)]
     )
 
 
 def _is_kosmos(path: Path) -> bool:
     try:
-        return str(json.loads(path.read_text(encoding="utf-8")).get("model_type")) == "kosmos-2"
-    except (ValueError, AttributeError, OSError):
+        values = read_json(path)
+    except InputFileError:
         return False
+    return isinstance(values, dict) and values.get("model_type") == "kosmos-2"
 
 
 def read_base_config(folder: Path) -> Kosmos2Config:
@@ -149,15 +156,39 @@ def read_base_config(folder: Path) -> Kosmos2Config:
     Raises:
         ConfigError: no config.json of a Kosmos-2.
     """
+    values = read_json(folder / "config.json", error=ConfigError, hint=_HINT)
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if values.get("model_type") != "kosmos-2":
             raise ValueError(f"model_type {values.get('model_type')!r}")
-        return Kosmos2Config.from_dict(values)
+        found = Kosmos2Config.from_dict(values)
     except Exception as error:  # Hugging Face validates configs with exception types of its own
         raise ConfigError(
             f"{folder / 'config.json'} is not a Kosmos-2 config",
             got=error,
             expected="model_type 'kosmos-2'",
-            hint="pass the directory of microsoft/kosmos-2-patch14-224 with --base.",
+            hint=_HINT,
         ) from None
+    _check_dimensions(found, folder)
+    return found
+
+
+def _check_dimensions(kosmos: Kosmos2Config, folder: Path) -> None:
+    """Refuse dimensions that no model has: building even its outline would take for ever, and its tables all memory."""
+    for name, most in _MOST.items():
+        section, _, leaf = name.rpartition(".")
+        value = getattr(getattr(kosmos, section) if section else kosmos, leaf)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise ConfigError(
+                f"{folder / 'config.json'} has an impossible {name}",
+                got=value,
+                expected=f"a whole number from 1 to {most}",
+                hint=_HINT,
+            )
+    text = kosmos.text_config
+    if text.max_position_embeddings * text.embed_dim > _MOST_TABLE:
+        raise ConfigError(
+            f"{folder / 'config.json'} asks for a table of positions beyond all use",
+            got=f"{text.max_position_embeddings} positions of {text.embed_dim}",
+            expected=f"at most {_MOST_TABLE} numbers",
+            hint=_HINT,
+        )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import Kosmos2Config
 
-from bundle.errors import BaseWeightsError, CheckpointError, ConfigError
+from bundle.errors import BaseWeightsError, CheckpointError, ConfigError, UnsupportedPolicyError
 from bundle.manifest import Packing
 from bundle.prompt_template import UPSTREAM, is_template
 from train.adapter_merge import check_kinds, fold, needs_folding
@@ -31,6 +31,12 @@ from train.trained_parts import check_base, check_held
 
 T = TypeVar("T")
 _LISTED = 12
+VISION_RESAMPLER = "vision_resampler."
+_HEADS_BY_PART = {
+    "act_head.actions.": "LSTMDecoder (one arm column and a gripper, where act_head.action_dim is 2)",
+    "act_head.velocities.": "MobileVLALSTMDecoder",
+    "act_head.logits.": "MobileVLAClassificationDecoder",
+}
 _MAX_PROMPT = 2048  # Kosmos-2's max_position_embeddings
 
 
@@ -68,6 +74,13 @@ class LoadedPolicy:
     def adapted(self) -> tuple[str, ...]:
         """Paths of all modules that the checkpoint has adapters for."""
         return self.policy.adapted or self.folded
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """Canonical names of weights that the policy's packing never comes to."""
+        if self.policy.resamples:
+            return ()
+        return tuple(name for name in self.state if name.startswith(VISION_RESAMPLER))
 
     @property
     def facts(self) -> TrainingFacts | None:
@@ -128,15 +141,15 @@ def load(
     if folding:
         spec = replace(spec, lora=None)
 
+    _check_told(path, spec, settings, located.kosmos)
     policy = _empty_policy(spec, located.kosmos, conventions, () if folding else adapted)
     expected = map_keys(policy.state_dict()).names
     from_base, base_sha256 = _fill_from_base(raw, located, state, expected)
-    if (
-        raw.kind != "jetvla" or "base_sha256" not in raw.recorded
-    ):  # what our small files leave out is the base's, and that is proved
+    if raw.kind != "jetvla" or "base_sha256" not in raw.recorded:
+        # What our small files leave out is the base's, and that is proved.
         layers = located.kosmos.text_config.layers
         check_held(setup, recipe, from_base, layers=layers, adapted=adapted, origin=path.name)
-    remark = _check_base(path, located, state, recipe, adapted, from_base)
+    remark = _check_base(path, located, setup, state, recipe, adapted, from_base)
     folded = fold(state, recipe, origin=path.name) if recipe is not None and folding else ()
     _check_names(path, state, policy, expected)
     state = {name: tensor.float() for name, tensor in state.items()}
@@ -173,6 +186,7 @@ def _recipe(raw: RawCheckpoint, spec: PolicySpec, setup: Mapping[str, Any]) -> A
 def _check_base(
     path: Path,
     located: Base,
+    setup: Mapping[str, Any],
     state: Mapping[str, Tensor],
     recipe: AdapterRecipe | None,
     adapted: tuple[str, ...],
@@ -182,7 +196,7 @@ def _check_base(
     if recipe is None or located.folder is None or not any(located.folder.glob("model*.safetensors")):
         return None
     origin = base_weights(located.folder)
-    return check_base(state, origin, recipe, adapted, from_base, origin=path.name, folder=located.folder)
+    return check_base(setup, state, origin, recipe, adapted, from_base, origin=path.name, folder=located.folder)
 
 
 def _with_prompt(spec: PolicySpec, raw: RawCheckpoint, template: str | None, pad_to: int | None) -> PolicySpec:
@@ -231,8 +245,8 @@ def decide_conventions(
             f"{raw.path.name} comes from the 2-DoF fork, and nothing in it tells how its rows were packed",
             got="packing auto",
             expected="--packing upstream, or --packing fork_overwrite",
-            hint="fork_overwrite if training ran on an unpatched transformers (the log says `pixel_values` ValueError; the words of "
-            "the instruction then had no effect); upstream if RoboVLMs' modeling_kosmos2.py was installed.",
+            hint="fork_overwrite if training ran on an unpatched transformers (the log says `pixel_values` ValueError; the decoder "
+            "then saw no words of the instruction); upstream if RoboVLMs' modeling_kosmos2.py was installed.",
         )
     else:
         chosen, source = "upstream", "inferred: upstream's trainer has no other layout"
@@ -384,7 +398,7 @@ def _empty_policy(
     try:
         with torch.device("meta"):
             return KosmosPolicy(spec, kosmos, conventions, adapted)
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+    except Exception as error:  # torch, peft and Hugging Face each raise types of their own
         raise ConfigError(
             "no policy can be built from this config and base",
             got=error,
@@ -428,9 +442,11 @@ def _check_names(
 ) -> None:
     shapes = {name: tuple(policy.get_parameter(raw[0]).shape) for name, raw in expected.items()}
     problems = []
-    if missing := sorted(set(shapes) - set(state)):
+    missing = sorted(set(shapes) - set(state))
+    if missing:
         problems.append(f"missing {_some(missing)}")
-    if unknown := sorted(set(state) - set(shapes)):
+    unknown = sorted(set(state) - set(shapes))
+    if unknown:
         problems.append(f"unknown {_some(unknown)}")
     wrong = [
         f"{name} {list(state[name].shape)}, not {list(shape)}"
@@ -446,8 +462,39 @@ def _check_names(
             f"the weights of {path.name} do not fit its config and base",
             got="; ".join(problems),
             expected=f"exactly the {len(shapes)} parameters of {policy.spec.head.kind} on this base",
-            hint="a wrong --base or --config is the usual cause.",
+            hint=_other_head(unknown) or _not_told(missing) or "a wrong --base or --config is the usual cause.",
         )
+
+
+def _check_told(path: Path, spec: PolicySpec, settings: Mapping[str, Any], kosmos: Kosmos2Config) -> None:
+    """Whether what the head is told is the prompt.
+
+    Raises:
+        UnsupportedPolicyError: it is something else, which the file does not hold.
+    """
+    stated, width = settings["act_head"].get("instr_in_features"), kosmos.text_config.embed_dim
+    if spec.head.told and stated != width:
+        raise UnsupportedPolicyError(
+            f"{path.name} uses act_head.instr_in_features = {stated!r}, which jetvla does not build",
+            expected=f"{width}, the width of this base's word embeddings, whose mean the head is told",
+            hint="embeddings of another width stand in a file of the lab's loader: it would take that file at every reset. "
+            "Nothing was written.",
+        )
+
+
+def _other_head(unknown: list[str]) -> str | None:
+    """The hint where the file has another head than its config says: some of the lab's code calls upstream's head by the fork's name."""
+    for part, kind in _HEADS_BY_PART.items():
+        if any(name.startswith(part) for name in unknown):
+            return f"these are the weights of {kind}: pass a config that says so in act_head.type, with --config."
+    return None
+
+
+def _not_told(missing: list[str]) -> str | None:
+    """The hint where the run's code did not know of heads that are told the instruction."""
+    if missing and all(name.startswith("act_head.instr_proj.") for name in missing):
+        return "if the code of the run did not know act_head.instr_in_features, pass a config without the key, with --config."
+    return None
 
 
 def _check_finite(path: Path, state: Mapping[str, Tensor]) -> None:

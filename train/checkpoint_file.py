@@ -1,40 +1,34 @@
 """Reading checkpoint files: bytes to named tensors and a config, without running any code of theirs.
 
-Pickles go through torch's weights-only unpickler and are memory-mapped: an 8 GB file costs address space, not memory. jetvla's own
-small format is safetensors: adapter, head and action token, with the hash of the base that they belong to. Knows nothing about
-what keys mean.
+Pickles are read as plain data (train/plain_pickle.py) and tensors are memory-mapped: an 8 GB file costs address space, not memory.
+jetvla's own small format is safetensors: adapter, head and action token, with the hash of the base that they belong to. Whatever the file
+is, reading it stays within bundle/reading_limits.py. Knows nothing about what keys mean.
 """
 
 from __future__ import annotations
 
 import json
-import pathlib
-import pickle
-import re
 import struct
-import warnings
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from bundle.atomic import write_bytes
 from bundle.errors import CheckpointError
+from bundle.reading_limits import check_plain, check_regular_file, open_regular, parse_json
 from train.peft_folder import is_peft_folder, read_adapter, rest_of
+from train.plain_pickle import ForbiddenGlobalError, Foreign, TensorRef
+from train.safetensors_file import read_safetensors
+from train.torch_file import map_tensors, read_torch_file
 
 SMALL_FORMAT = "jetvla-policy/1"
 _RECORDED = ("base_sha256", "packing", "x_attn_causal", "prompt_template", "pad_prompt_to")
 _LISTED = 12
-# Data that Lightning and labs put beside weights; constructing them runs no code of the file's choosing.
-_HARMLESS: list[Any] = [pathlib.PosixPath, pathlib.PurePosixPath]
-# How torch's unpickler says that a file names code: "... GLOBAL os.system ...".
-_CODE = re.compile(r"GLOBAL (\S+)")
+_LONGEST_NAME = 512
 
 
 @dataclass(frozen=True)
@@ -76,33 +70,11 @@ def read_raw(path: Path) -> RawCheckpoint:
             expected="one file",
             hint="a DeepSpeed checkpoint is merged by its own zero_to_fp32.py: python zero_to_fp32.py DIR policy.pt",
         )
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist", expected="a checkpoint file", hint="correct the path.")
-    if path.suffix == ".safetensors":
-        return _read_small(path)
-    content = _unpickle(path)
-    for key in ("state_dict", "model_state_dict"):
-        state = content.get(key) if isinstance(content, dict) else None
-        if isinstance(state, dict):
-            break
-    else:
-        found = sorted(map(str, content))[:_LISTED] if isinstance(content, dict) else type(content).__name__
-        raise CheckpointError(
-            f"{path} holds no policy",
-            got=found,
-            expected="`state_dict` or `model_state_dict`",
-            hint="pass the training checkpoint.",
-        )
-    others = tuple(str(name) for name, value in state.items() if not isinstance(value, Tensor))
-    tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise CheckpointError(
-            f"{path} holds an empty state_dict", got=0, expected="weights", hint="the run saved nothing."
-        )
-    hyper = content.get("hyper_parameters")
-    config = hyper.get("configs") if isinstance(hyper, dict) else None
-    kind: Literal["lightning", "torch"] = "lightning" if "pytorch-lightning_version" in content else "torch"
-    return RawCheckpoint(path, kind, tensors, config if isinstance(config, dict) else None, others)
+    check_regular_file(path, error=CheckpointError)
+    raw = _read_small(path) if path.suffix == ".safetensors" else _read_torch(path)
+    if raw.config is not None:
+        check_plain(raw.config, origin=f"the training config in {path}", error=CheckpointError)
+    return raw
 
 
 def write_small(
@@ -119,16 +91,11 @@ def write_small(
 
 def small_metadata(config: Mapping[str, Any], recorded: Mapping[str, str]) -> dict[str, str]:
     """What stands in the header of jetvla's small format beside the tensors."""
-    return {"format": SMALL_FORMAT, "config": json.dumps(config), **recorded}
+    return {"format": SMALL_FORMAT, "config": json.dumps(config, default=str), **recorded}
 
 
 def _read_small(path: Path) -> RawCheckpoint:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged", got=error, hint="copy the file again.") from None
+    metadata, state = read_safetensors(path)
     if metadata.get("format") != SMALL_FORMAT:
         raise CheckpointError(
             f"{path} is not a jetvla policy",
@@ -136,10 +103,7 @@ def _read_small(path: Path) -> RawCheckpoint:
             expected=SMALL_FORMAT,
             hint="pass the training checkpoint, or a file that jetvla saved.",
         )
-    try:
-        config = json.loads(metadata["config"])
-    except (KeyError, json.JSONDecodeError) as error:
-        config = error
+    config = parse_json(metadata.get("config", ""), origin=f"the config in {path}", error=CheckpointError)
     if not isinstance(config, dict):
         raise CheckpointError(
             f"{path} is damaged", got=f"config {config!r}", expected="a JSON object", hint="copy the file again."
@@ -148,34 +112,81 @@ def _read_small(path: Path) -> RawCheckpoint:
     return RawCheckpoint(path, "jetvla", state, config, recorded=recorded)
 
 
-def _unpickle(path: Path) -> Any:
-    try:
-        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
-            # torch warns of pickle protocols above 2 and then refuses what it does not know.
-            warnings.simplefilter("ignore", UserWarning)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        # The error itself is advice on how to run the code after all; what happened stands in its context.
-        reason = error.__context__ or error
-        code = _CODE.search(str(reason))
-        if code is None:
-            raise _not_a_checkpoint(path, reason) from None
+def _read_torch(path: Path) -> RawCheckpoint:
+    with open_regular(path, error=CheckpointError) as file:
+        try:
+            found = read_torch_file(path, file)
+        except ForbiddenGlobalError as error:
+            raise CheckpointError(
+                f"{path} wants to run code",
+                got=error,
+                expected="tensors and plain data",
+                hint="jetvla never unpickles code; re-save with torch.save({'state_dict': model.state_dict()}, FILE).",
+            ) from None
+        except (ValueError, OSError, struct.error) as error:
+            raise CheckpointError(
+                f"{path} is truncated or not a checkpoint",
+                got=f"{path.stat().st_size} bytes; {error}",
+                expected="a complete file written by torch.save or Lightning",
+                hint="copy it again and compare sizes; a disk that filled up during training leaves such files.",
+            ) from None
+        described = _state_dict(path, found.content)
+        others = tuple(name for name, value in described.items() if not isinstance(value, TensorRef))
+        references = {name: value for name, value in described.items() if isinstance(value, TensorRef)}
+        if not references:
+            raise CheckpointError(
+                f"{path} holds an empty state_dict", got=0, expected="weights", hint="the run saved nothing."
+            )
+        try:
+            tensors = map_tensors(found, file, references)
+        except (ValueError, OSError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{path} is damaged",
+                got=error,
+                expected="numbers as they were written, and tensors that lie inside them",
+                hint="copy it again and compare sha256sum with where it comes from.",
+            ) from None
+    content = found.content
+    hyper = content.get("hyper_parameters")
+    config = hyper.get("configs") if isinstance(hyper, dict) else None
+    kind: Literal["lightning", "torch"] = "lightning" if "pytorch-lightning_version" in content else "torch"
+    return RawCheckpoint(path, kind, tensors, config if isinstance(config, dict) else None, others)
+
+
+def _state_dict(path: Path, content: object) -> dict[str, object]:
+    """Raw key -> description of a tensor, or what else stands there.
+
+    Raises:
+        CheckpointError: there is none, a key is no name, or a tensor is of a kind that is not read.
+    """
+    for key in ("state_dict", "model_state_dict"):
+        state = content.get(key) if isinstance(content, dict) else None
+        if isinstance(state, dict):
+            break
+    else:
+        found = sorted(map(str, content))[:_LISTED] if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(
-            f"{path} wants to run code",
-            got=code.group(1),
-            expected="tensors and plain data",
-            hint="jetvla never unpickles code; re-save with torch.save({'state_dict': model.state_dict()}, FILE).",
-        ) from None
-    except (
-        RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, AttributeError, AssertionError, struct.error,
-    ) as error:  # fmt: skip
-        raise _not_a_checkpoint(path, error) from None
-
-
-def _not_a_checkpoint(path: Path, error: object) -> CheckpointError:
-    return CheckpointError(
-        f"{path} is truncated or not a checkpoint",
-        got=f"{path.stat().st_size} bytes; {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}",
-        expected="a complete file written by torch.save or Lightning",
-        hint="copy it again and compare sizes; a disk that filled up during training leaves such files.",
-    )
+            f"{path} holds no policy",
+            got=found,
+            expected="`state_dict` or `model_state_dict`",
+            hint="pass the training checkpoint.",
+        )
+    odd = [name for name in state if not isinstance(name, str) or len(name) > _LONGEST_NAME or not name.isprintable()]
+    if odd:
+        raise CheckpointError(
+            f"{path} holds keys that are no names",
+            got=f"{len(odd)}: {ascii(odd[0])[:_LONGEST_NAME]}",
+            expected=f"printable names of at most {_LONGEST_NAME} characters",
+            hint="copy it again; torch never writes such keys.",
+        )
+    foreign = [f"{name} ({value.name})" for name, value in state.items() if isinstance(value, Foreign)]
+    if foreign:
+        more = f" and {len(foreign) - _LISTED} more" if len(foreign) > _LISTED else ""
+        raise CheckpointError(
+            f"{path} holds tensors of a kind that is not read",
+            got=", ".join(foreign[:_LISTED]) + more,
+            expected="dense tensors of floating-point numbers, with their data",
+            hint="quantized, sparse and meta tensors are turned into dense ones before saving: dequantize(), to_dense(); a meta tensor has "
+            "no numbers at all.",
+        )
+    return state

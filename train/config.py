@@ -6,7 +6,6 @@ network computes, and what the numbers it gives mean. Knows nothing about weight
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,12 @@ from typing import Any
 from bundle.errors import ConfigError, UnsupportedPolicyError
 from bundle.manifest import HeadKind
 from bundle.prompt_template import UPSTREAM
+from bundle.reading_limits import is_there
+from bundle.reading_limits import read_json as limited_json
 from episodes.resize import ResizeFilter
 from train.robovlms_classes import class_order, lab_resize
 from train.robovlms_prompt import lab_prompt
+from train.robovlms_variants import refuse_variants, unknown_head
 
 HEADS: dict[str, HeadKind] = {
     "LSTMDecoder": "actions_gripper",
@@ -28,11 +30,24 @@ HEADS: dict[str, HeadKind] = {
     "NavPolicy": "classes",
 }
 _MU_DEFAULT = 255.0
+_MOST_PARENTS = 16
+# Sizes far beyond every policy's; building the outline of a larger one would take for ever.
+_MOST = 1 << 16
+_MOST_BY_KEY = {
+    "num_layers": 64,
+    "latent": 1 << 10,
+    "window_size": 1 << 12,
+    "fwd_pred_next_n": 1 << 12,
+    "image_size": 1 << 13,
+}
 
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """The LSTM action head. `outputs` is the width of one chunk step: velocities (+ gripper logit), or classes."""
+    """The LSTM action head. `outputs` is the width of one chunk step: velocities (+ gripper logit), or classes.
+
+    `told` says that the head hears the instruction beside the feature: the mean of the prompt's word embeddings, projected, is added to it.
+    """
 
     kind: HeadKind
     outputs: int
@@ -40,6 +55,7 @@ class HeadSpec:
     layers: int
     latent: int
     pooling: bool
+    told: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,6 +124,13 @@ def read_chain(path: Path) -> tuple[dict[str, Any], tuple[Path, ...]]:
                 got=" -> ".join(map(str, seen)),
                 hint="remove one `parent` from the circle.",
             )
+        if len(seen) >= _MOST_PARENTS:
+            raise ConfigError(
+                f"{path} inherits from too many configs",
+                got=f"{current} after {len(seen)} others",
+                expected=f"at most {_MOST_PARENTS} in a chain",
+                hint="write what the run used into one file.",
+            )
         seen.append(current.resolve())
         child = _read_object(current, first=path)
         merged = _merge(child, merged)
@@ -124,16 +147,12 @@ def policy_spec(config: dict[str, Any]) -> PolicySpec:
         ConfigError: a key is missing or has a value of the wrong type.
         UnsupportedPolicyError: a variant that jetvla knows by name and does not build.
     """
-    _refuse_rare(config)
+    refuse_variants(config)
     _refuse_magnitudes(config)
     act = _section(config, "act_head")
     head_type = _get(act, "type", str, "act_head.type")
     if head_type not in HEADS:
-        raise UnsupportedPolicyError(
-            f"unknown action head {head_type!r}",
-            expected=", ".join(HEADS),
-            hint="only LSTM heads are built; FCDecoder, GPTDecoder and diffusion heads are not.",
-        )
+        raise unknown_head(head_type, HEADS)
     kind = HEADS[head_type]
     classes = kind == "classes"
     head = HeadSpec(
@@ -143,6 +162,8 @@ def policy_spec(config: dict[str, Any]) -> PolicySpec:
         layers=_size(act, "num_layers", "act_head.", 4),
         latent=_size(act, "latent", "act_head.", 1),
         pooling=act.get("down_sample", "none") == "pooling",
+        # The lab's class heads read the key, the others take any and look at none.
+        told=classes and act.get("instr_in_features") is not None,
     )
     if kind == "actions_gripper" and head.outputs < 2:
         raise ConfigError(
@@ -193,32 +214,6 @@ def policy_spec(config: dict[str, Any]) -> PolicySpec:
     )
 
 
-def _refuse_rare(config: dict[str, Any]) -> None:
-    act = config.get("act_head") if isinstance(config.get("act_head"), dict) else {}
-    assert isinstance(act, dict)
-    rare = {
-        "model": config.get("model", "kosmos") != "kosmos",
-        "fwd_head": config.get("fwd_head") is not None,
-        "tcp_rel": bool(config.get("tcp_rel", False)),
-        "regular_action": bool(config.get("regular_action", False)),
-        "act_head.history_type": act.get("history_type", "post") != "post",
-        "act_head.action_space": act.get("action_space", "continuous") != "continuous",
-        "act_head.down_sample": act.get("down_sample", "none") not in ("none", "pooling"),
-        "act_head.fill_zero": bool(act.get("fill_zero", False)),
-        "act_head.instr_in_features": act.get("instr_in_features") is not None,
-        "act_head.text_in_features": act.get("text_in_features") is not None,
-    }
-    for key, refused in rare.items():
-        if refused:
-            section, _, leaf = key.rpartition(".")
-            value = act.get(leaf) if section else config.get(leaf)
-            raise UnsupportedPolicyError(
-                f"this policy uses {key} = {value!r}, which jetvla does not build",
-                expected="frozen or LoRA Kosmos-2, `post` history, continuous actions, LSTM head",
-                hint="open an issue with the config if you need it; nothing was written.",
-            )
-
-
 def _refuse_magnitudes(config: dict[str, Any]) -> None:
     """Velocities of which only the size was learned would drive to one side whatever the words say."""
     datasets = config.get("train_dataset")
@@ -235,14 +230,9 @@ def _refuse_magnitudes(config: dict[str, Any]) -> None:
 
 
 def _read_object(path: Path, *, first: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path} does not exist", got=f"named by {first}" if path != first else None, hint="correct the path."
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path} is not JSON", got=error, hint="pass the RoboVLMs training config (.json).") from None
+    if path != first and not is_there(path):
+        raise ConfigError(f"{ascii(str(path))[1:-1]} does not exist", got=f"named by {first}", hint="correct the path.")
+    value = limited_json(path, error=ConfigError, hint="pass the RoboVLMs training config (.json).")
     if not isinstance(value, dict):
         raise ConfigError(
             f"{path} is not a config", got=type(value).__name__, expected="a JSON object", hint="see above."
@@ -254,7 +244,7 @@ def _locate(parent: object, folder: Path) -> Path:
     """The parent's path: as written, else beside the child (checkpoints travel, absolute paths do not)."""
     written = Path(str(parent))
     for candidate in (written, folder / written, folder / written.name):
-        if candidate.exists():
+        if is_there(candidate):
             return candidate
     return written
 
@@ -273,10 +263,12 @@ def _section(config: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _size(section: dict[str, Any], key: str, prefix: str = "", default: int | None = None) -> int:
-    """A whole number of at least 1."""
-    value = section.get(key, default)
+    """A whole number of at least 1, and at most what a policy may have."""
+    value, most = section.get(key, default), _MOST_BY_KEY.get(key, _MOST)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise _unusable(prefix + key, value, "a whole number, at least 1")
+    if value > most:
+        raise _unusable(prefix + key, value, f"a whole number, at most {most}")
     return value
 
 

@@ -16,6 +16,9 @@ from bundle.errors import ConfigError
 from bundle.manifest import Packing
 
 SECTION = "jetvla"
+_MOST_FPS = 1000.0
+_MOST_ACTION = 1e6  # no robot's speed, in any unit
+_LONGEST_PROMPT = 1 << 16
 
 
 class TrainingFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -31,6 +34,7 @@ class TrainingFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         prompt_template: text around the instruction; None in files that do not say, which have the usual one.
         pad_prompt_to: tokens that every prompt was padded to; None for its own length.
         classes: of a class head, in order, each as `name=vx,vy[,wz]`; None in files that do not say, and for other heads.
+        relabel: motions whose frames were labelled as another class; matters to another training alone.
     """
 
     packing: Packing
@@ -45,6 +49,7 @@ class TrainingFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     prompt_template: str | None = None
     pad_prompt_to: int | None = None
     classes: tuple[str, ...] | None = None
+    relabel: dict[str, str] = {}
 
 
 def training_facts(config: Mapping[str, Any]) -> TrainingFacts | None:
@@ -57,7 +62,9 @@ def training_facts(config: Mapping[str, Any]) -> TrainingFacts | None:
     if section is None:
         return None
     try:
-        return msgspec.convert(section, TrainingFacts)
+        facts = msgspec.convert(section, TrainingFacts)
+        _check_ranges(facts)
+        return facts
     except msgspec.ValidationError as error:
         raise ConfigError(
             f"the checkpoint's `{SECTION}` section is not usable",
@@ -65,3 +72,14 @@ def training_facts(config: Mapping[str, Any]) -> TrainingFacts | None:
             expected=", ".join(field.name for field in msgspec.structs.fields(TrainingFacts)),
             hint="it was edited, or written by a newer jetvla.",
         ) from None
+
+
+def _check_ranges(facts: TrainingFacts) -> None:
+    """Refuse numbers that no run has: they would reach the robot as its cadence and its speeds."""
+    fps, low, high = facts.fps, facts.action_minimum, facts.action_maximum
+    if fps is not None and not 0 < fps <= _MOST_FPS:
+        raise msgspec.ValidationError(f"fps {fps:g} is not in (0, {_MOST_FPS:g}]")
+    if not -_MOST_ACTION <= low < high <= _MOST_ACTION:
+        raise msgspec.ValidationError(f"action_minimum {low:g} and action_maximum {high:g} are no range of actions")
+    if facts.pad_prompt_to is not None and not 0 < facts.pad_prompt_to <= _LONGEST_PROMPT:
+        raise msgspec.ValidationError(f"pad_prompt_to {facts.pad_prompt_to} is no length of a prompt")

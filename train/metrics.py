@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from episodes.actions import CLASS_NAMES, CLASS_THRESHOLD, classify_actions
-from train.action_classes import ClassTable
+from train.action_classes import AXES, THRESHOLDS, ClassTable
 
 SIDES = ("left", "none", "right")
 RESAMPLES = 2000
@@ -101,7 +101,10 @@ def episode_sums(
         threshold: up to which a component of a direction does not count, in the axes' units.
     """
     error = predicted.astype(np.float64) - recorded
-    signs = (_signs(predicted, threshold) == _signs(recorded, threshold)).sum(axis=0)
+    # Of a class head, each axis by its own: turns are slower numbers than drives.
+    own = {} if classes is None else dict(zip(AXES, THRESHOLDS, strict=True))
+    still = np.array([own.get(name, threshold) for name in axes])
+    signs = (_signs(predicted, still) == _signs(recorded, still)).sum(axis=0)
     count = len(CLASS_NAMES) if classes is None else len(classes)
     confusion = np.zeros((count, count), np.int64)
     if has_directions(axes):
@@ -184,7 +187,7 @@ def _sides(lateral: NDArray[np.float32], threshold: float) -> NDArray[np.int64]:
     return np.where(lateral > threshold, 0, np.where(lateral < -threshold, 2, 1)).astype(np.int64)
 
 
-def _signs(values: NDArray[np.float32], threshold: float) -> NDArray[np.float32]:
+def _signs(values: NDArray[np.float32], threshold: NDArray[np.float64]) -> NDArray[np.float32]:
     signs: NDArray[np.float32] = np.where(np.abs(values) > threshold, np.sign(values), 0).astype(np.float32)
     return signs
 

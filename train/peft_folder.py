@@ -6,14 +6,14 @@ in any file that jetvla reads, and so is the training config (docs/checkpoints.m
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bundle.errors import CheckpointError
+from bundle.reading_limits import read_json
+from train.safetensors_file import read_safetensors
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -39,12 +39,8 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             expected=WEIGHTS_NAME,
             hint="model.save_pretrained(DIR, safe_serialization=True) writes it.",
         )
-    try:
-        values = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{folder} is damaged", got=error, hint="copy the folder again.") from None
+    values = read_json(folder / CONFIG_NAME, error=CheckpointError, hint="copy the folder again.")
+    _, tensors = read_safetensors(folder / WEIGHTS_NAME, hint="copy the folder again.")
     if not isinstance(values, dict):
         raise CheckpointError(
             f"{folder / CONFIG_NAME} is damaged", got=type(values).__name__, expected="an object", hint="copy it again."

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from train.action_classes import classes_of_model
 from train.memory import memory_savings
 from train.preflight_files import Problem
 from train.run_config import RunConfig
+from train.told import told_classes, told_texts
 
 if TYPE_CHECKING:
     from train.preflight import Plan
@@ -58,7 +60,7 @@ def check_words(plan: Plan, config: RunConfig) -> Iterator[Problem]:
             "what it does not know all looks the same to the policy: say it in words of the base model.",
         )
     trained = [each for each in plan.instructions if each.train]
-    if len(trained) == 1 and config.augment.mirror in (0.0, 1.0):
+    if len(trained) == 1 and config.augment.mirror in (0.0, 1.0) and not told_texts(config.augment):
         yield _warning(
             "all training episodes have one instruction: the policy will not listen to words",
             "add episodes with another instruction, or set augment.mirror = 0.5.",
@@ -68,8 +70,10 @@ def check_words(plan: Plan, config: RunConfig) -> Iterator[Problem]:
 def check_packing(plan: Plan, config: RunConfig) -> Iterator[Problem]:
     """The policy can see what it is told."""
     if config.model.packing == "fork_overwrite":
+        told = config.model.instruction_in_head
         yield _warning(
-            "model.packing fork_overwrite: the policy will not see the words of its instruction",
+            "model.packing fork_overwrite: the policy will not see the words of its instruction"
+            + (", but hear their mean in its head" if told else ""),
             "leave model.packing out, unless this run is to reproduce one of the fork's.",
         )
 
@@ -95,7 +99,8 @@ def check_axes(plan: Plan, config: RunConfig) -> Iterator[Problem]:
 
 def check_classes(plan: Plan, config: RunConfig) -> Iterator[Problem]:
     """A head of classes has seen each."""
-    absent = [name for name, count in plan.classes.items() if count == 0]
+    told = told_classes(config.augment, classes_of_model(config.model)) if config.model.head == "classes" else ()
+    absent = [name for name, count in plan.classes.items() if count == 0 and name not in told]
     if config.model.head == "classes" and absent:
         yield _warning(
             f"no training frame is of class {', '.join(absent)}", "the policy will never choose what it has not seen."

@@ -46,6 +46,11 @@ def dataset_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return first if isinstance(first, Mapping) else {}
 
 
+def reads_hdf5(dataset: Mapping[str, Any]) -> bool:
+    """Whether the loader is one of the two for HDF5 episodes."""
+    return dataset.get("type") in (NAV, FORK)
+
+
 def loader_of(dataset: Mapping[str, Any]) -> str | None:
     """Whose code reads a dataset: its type, but the lab's package puts its NavDataset in the place of the fork's loader, too.
 
@@ -66,7 +71,7 @@ def lab_resize(config: Mapping[str, Any]) -> ResizeFilter:
     dataset = dataset_of(config)
     if letterboxed(dataset):
         return "letterbox"
-    return "bilinear" if loader_of(dataset) in (NAV, FORK) else "bicubic"
+    return "bilinear" if reads_hdf5(dataset) else "bicubic"
 
 
 def is_v5(dataset: Mapping[str, Any]) -> bool:

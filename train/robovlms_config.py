@@ -18,6 +18,7 @@ from train.robovlms_data import augment_settings, box_annotations, data_settings
 from train.robovlms_heads import class_settings, prompt_settings
 from train.robovlms_keys import LabConfig, Notes
 from train.robovlms_lora import lora_settings
+from train.robovlms_variants import names_kosmos
 from train.robovlms_weights import weights_settings
 
 __all__ = ["Notes", "from_robovlms", "is_robovlms"]
@@ -27,7 +28,8 @@ _PRECISIONS = {
     **dict.fromkeys(("16", "16-mixed", "16-true", "fp16"), "fp16"),
     **dict.fromkeys(("bf16", "bf16-mixed", "bf16-true"), "bf16"),
 }
-_PATIENCE = 3  # validations, of the fork
+_NEEDED = ("act_head.type", "window_size", "fwd_pred_next_n", "learning_rate", "vlm.pretrained_model_name_or_path")
+_PATIENCE = 3  # validations, of the fork where trainer.patience is absent
 
 
 def is_robovlms(values: Mapping[str, Any]) -> bool:
@@ -50,15 +52,16 @@ def from_robovlms(values: Mapping[str, Any], *, origin: str) -> tuple[dict[str, 
     spec = _policy(values, lab, origin)
     head = spec.head.kind
     words, classes = prompt_settings(lab, values), class_settings(lab, spec, values)
+    data = data_settings(lab, spec, words, classes)
     settings = {
         "name": _name(lab),
         "base": _base(lab),
-        "data": data_settings(lab, spec, words, classes),
+        "data": data,
         "model": _model(lab, spec) | classes.settings,
-        "augment": augment_settings(lab),
+        "augment": augment_settings(lab, data["actions"]),
         "loss": _loss(lab, head),
         "optimizer": _optimizer(lab),
-        "loop": _loop(lab),
+        "loop": _loop(lab, fork=spec.fork or is_h5(lab)),
         "output": {"runs": lab.get("output_root", "runs")},
     }
     return settings, lab.notes()
@@ -99,9 +102,10 @@ def _prior_weight(lab: LabConfig, written: float) -> float:
 
 def _policy(values: Mapping[str, Any], lab: LabConfig, origin: str) -> PolicySpec:
     """What the exporter's reader makes of the config, and the refusal of what we cannot train."""
-    lab.refuse(*_refused(lab))
+    lab.refuse(*_refused(lab, values))
+    lab.require_all(*_NEEDED)
     plain = copy.deepcopy(dict(values))
-    kind = lab.require("act_head.type")
+    kind = lab.get("act_head.type")
     width = lab.get("act_head.action_dim")
     if kind == "LSTMDecoder" and width == 2 and is_h5(lab):
         # The fork's first configs: one velocity and a gripper by the code, two velocities by intention.
@@ -130,9 +134,14 @@ def _policy(values: Mapping[str, Any], lab: LabConfig, origin: str) -> PolicySpe
     return spec
 
 
-def _refused(lab: LabConfig) -> list[tuple[str, object, str]]:
-    """What no single key says: pooling over several tokens, and box annotations that are really there."""
+def _refused(lab: LabConfig, values: Mapping[str, Any]) -> list[tuple[str, object, str]]:
+    """What no single key says: another backbone, pooling over several tokens, and box annotations that are really there."""
     found: list[tuple[str, object, str]] = []
+    model = lab.get("model")
+    if model is not None and not names_kosmos(model, values):
+        found.append(("model", model, "kosmos: Kosmos-2 is the backbone"))
+    elif model not in (None, "kosmos"):
+        lab.assume(f"model {model} is a name of folders only: robovlm_name says that the backbone is Kosmos-2")
     sampling = lab.get("act_head.down_sample", "none")
     if sampling == "pooling" and lab.get("act_head.latent", 1) > 1:
         found.append(("act_head.down_sample", sampling, "none, where act_head.latent is more than 1"))
@@ -169,8 +178,7 @@ def _model(lab: LabConfig, spec: PolicySpec) -> dict[str, Any]:
         "gradient_checkpointing": lab.get(setup + "gradient_checkpointing", False),
         "train_text_embedding": lab.get(setup + "train_text_embedding", False),
         "train_projection": _tunes_projection(lab),
-        "vision_resampler": lab.get("use_vision_resampler", False),
-        "freeze_resampler": lab.get("use_vision_resampler", False) and lab.get(setup + "freeze_resampler", False),
+        **_resampler(lab),
         "lora": {"targets": "none"},
     }
     if spec.fork and lab.get("jetvla.packing") is None:
@@ -193,6 +201,16 @@ def _model(lab: LabConfig, spec: PolicySpec) -> dict[str, Any]:
     if not frozen and layers > 0:
         model["train_decoder_layers"] = layers
     return model
+
+
+def _resampler(lab: LabConfig) -> dict[str, Any]:
+    """RoboVLMs' own resampler, where its row is used."""
+    if not lab.get("use_vision_resampler", False):
+        return {}
+    if lab.get("jetvla.packing") == "fork_overwrite":
+        lab.assume("use_vision_resampler has no effect: under fork_overwrite the image tokens are Kosmos-2's own")
+        return {}
+    return {"vision_resampler": True, "freeze_resampler": lab.get("train_setup.freeze_resampler", False)}
 
 
 def _tunes_projection(lab: LabConfig) -> bool:
@@ -238,7 +256,21 @@ def _optimizer(lab: LabConfig) -> dict[str, Any]:
     }
 
 
-def _loop(lab: LabConfig) -> dict[str, Any]:
+def _processes(lab: LabConfig) -> int:
+    """How many batches a micro-step of the original had: one on each GPU."""
+    gpus, nodes = lab.get("gpus", 1), lab.get("num_nodes", 1)
+    each = len(gpus) if isinstance(gpus, list) else gpus
+    if isinstance(each, str) or each < 1 or nodes < 1:
+        lab.assume(f"gpus {gpus}: taken for one; the original's step had a batch for each (loop.accumulate)")
+        return 1
+    if each * nodes > 1:
+        lab.assume(
+            f"gpus and num_nodes: a step is the batches of {each * nodes} processes, however many there are here (loop.accumulate)"
+        )
+    return each * nodes
+
+
+def _loop(lab: LabConfig, *, fork: bool) -> dict[str, Any]:
     precision = str(lab.get("trainer.precision", "32"))
     if precision not in _PRECISIONS:
         raise lab.unusable("trainer.precision", expected=", ".join(_PRECISIONS))
@@ -246,15 +278,21 @@ def _loop(lab: LabConfig) -> dict[str, Any]:
         lab.assume(f"trainer.precision {precision} is trained in mixed precision: weights stay fp32")
     loop: dict[str, Any] = {
         "batch_size": lab.get("batch_size", 1),
-        "accumulate": lab.get("trainer.accumulate_grad_batches", 1),
+        "accumulate": lab.get("trainer.accumulate_grad_batches", 1) * _processes(lab),
         "precision": _PRECISIONS[precision],
         "workers": lab.get("num_workers", 0),
         "seed": lab.get("seed", 0),
         "max_steps": max(lab.get("trainer.max_steps", -1), 0),
     }
-    if lab.get("trainer.early_stopping", False):
-        loop["patience"] = lab.get("trainer.patience", _PATIENCE)
-    elif lab.get("trainer.patience") is not None:
+    asked, patience = lab.get("trainer.early_stopping"), lab.get("trainer.patience")
+    if fork or asked:
+        loop["patience"] = _PATIENCE if patience is None else max(patience, 1)  # Lightning's 0 is our 1
+        if not asked:
+            lab.assume(
+                f"training stops after {loop['patience']} validations without a better loss, which the fork's trainer does since February "
+                "2026 whatever trainer.early_stopping says (loop.patience)"
+            )
+    elif patience is not None:
         lab.assume("trainer.patience has no effect without trainer.early_stopping")
     if (limit := lab.get("trainer.limit_train_batches")) is not None:
         lab.assume(

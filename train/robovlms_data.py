@@ -5,14 +5,17 @@ Knows the loaders of RoboVLMs and its 2-DoF fork: their columns, clipping, filte
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from episodes.reader import CAMERAS
+from episodes.resize import ResizeFilter
 from train.config import PolicySpec
-from train.robovlms_classes import NAV, letterboxed, loader_of
+from train.robovlms_classes import NAV, V5_KEYS, letterboxed, loader_of
 from train.robovlms_heads import ClassSettings
 from train.robovlms_keys import LabConfig
+from train.robovlms_prompt import override_words
 
 _AXES = ("linear_x", "linear_y", "angular_z")
 _PIXEL_NORMS = {
@@ -21,8 +24,9 @@ _PIXEL_NORMS = {
 }
 _NAV_LEAST = 10  # frames of an episode that NavDataset reads
 _TRAINS, _NAV_TRAINS = 0.8, 0.9  # share of the files where the config says none, of the fork's loader and of NavDataset
-_SATURATION, _NAV_SATURATION = 0.3, 0.4
 _CROP = 0.1  # the fork draws areas of 80 to 100 %, which are sides of about 90 to 100 %
+_JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.3, "hue": 0.1}
+_NAV_JITTER = _JITTER | {"saturation": 0.4}
 
 
 def is_h5(lab: LabConfig) -> bool:
@@ -34,6 +38,11 @@ def is_h5(lab: LabConfig) -> bool:
 def _is_nav(lab: LabConfig, path: str) -> bool:
     """Whether the lab's NavDataset reads a dataset."""
     return loader_of(lab.dataset(path)) == NAV
+
+
+def _any_nav(lab: LabConfig) -> bool:
+    """Whether it reads any of them."""
+    return any(_is_nav(lab, path) for path in lab.datasets("train_dataset"))
 
 
 def data_settings(lab: LabConfig, spec: PolicySpec, words: dict[str, Any], classes: ClassSettings) -> dict[str, Any]:
@@ -54,7 +63,7 @@ def data_settings(lab: LabConfig, spec: PolicySpec, words: dict[str, Any], class
         "window": spec.window,
         "chunk": spec.chunk,
         "action_range": _action_range(lab, spec, fork=fork),
-        "resize": lab.get("jetvla.resize", "letterbox" if _letterboxed(lab) else "bilinear" if fork else "bicubic"),
+        "resize": lab.get("jetvla.resize", _resize(lab, spec)),
         "pixel_norm": _pixel_norm(lab, fork=fork),
         **words,
     }
@@ -66,50 +75,67 @@ def data_settings(lab: LabConfig, spec: PolicySpec, words: dict[str, Any], class
     return data
 
 
-def augment_settings(lab: LabConfig) -> dict[str, Any]:
-    """The section `augment`."""
+def augment_settings(lab: LabConfig, actions: Sequence[str]) -> dict[str, Any]:
+    """The section `augment`.
 
-    def asked(key: str) -> bool:
-        found = [lab.get(f"{path}.{key}", False) for path in lab.datasets("train_dataset")]
-        return any(found)
+    Args:
+        actions: the columns that are learned.
+    """
+    paths = lab.datasets("train_dataset")
 
+    def most(key: str) -> float:
+        return max([lab.get(f"{path}.{key}", 0) for path in paths], default=0)
+
+    nav = _any_nav(lab)
     augment: dict[str, Any] = {}
-    if asked("augment"):
+    if most("augment"):
         augment["mirror"] = 0.5
-    if asked("use_color_jitter"):
-        nav = any(_is_nav(lab, path) for path in lab.datasets("train_dataset"))
-        saturation = _NAV_SATURATION if nav else _SATURATION
-        augment |= {"brightness": 0.4, "contrast": 0.4, "saturation": saturation, "hue": 0.1}
-    if asked("use_random_crop"):
+    if most("use_color_jitter"):
+        augment |= _NAV_JITTER if nav else _JITTER
+    if most("use_random_crop"):
         augment["crop"] = _CROP
-    stops = [lab.get(f"{path}.counterfactual_stop_prob", 0.0) for path in lab.datasets("train_dataset")]
+        sides = "4 : 3" if nav else "1.1 : 1"
+        lab.assume(
+            f"use_random_crop: up to a tenth of the sides is cut off at random; the loader allows no crop wider than {sides}, so that of "
+            "16 : 9 pictures it always takes the middle, which the robot then does not see so (augment.crop)"
+        )
     if len(augment.keys() - {"mirror"}) > 0:
         lab.assume("colours and crop are drawn once for an episode in an epoch, not for each frame")
-    if max(stops, default=0.0) > 0:
-        augment["stop"] = max(stops)
+    if most("counterfactual_stop_prob") > 0:
+        augment["stop"] = most("counterfactual_stop_prob")
         lab.assume(
             "counterfactual_stop_prob: the sentences that stop the robot are augment.stop_words; the loader has its own"
         )
+    if most("counterfactual_steer_prob") > 0:
+        augment["steer"] = most("counterfactual_steer_prob")
+        lab.assume(
+            "counterfactual_steer_prob: the sentences are augment.slide_words and augment.turn_words, and a turn to the left is one to the "
+            "left; the loader has its own sentences, and exchanges the turns"
+        )
+        if "angular_z" not in actions:
+            augment["turn_words"] = ()
+            lab.assume("counterfactual_steer_prob: nothing is told to turn, since turns are not learned")
     return augment
 
 
-def _letterboxed(lab: LabConfig) -> bool:
-    modes = {lab.get(f"{path}.resize_mode", "direct") for path in lab.datasets("train_dataset")}
+def _resize(lab: LabConfig, spec: PolicySpec) -> ResizeFilter:
+    paths = lab.datasets("train_dataset")
+    modes = {lab.get(f"{path}.resize_mode", "direct") for path in paths}
     if len(modes) > 1 or not modes <= {"direct", "letterbox"}:
         raise lab.unusable("train_dataset", expected="one resize_mode, direct or letterbox")
-    kept = {letterboxed(lab.dataset(path)) for path in lab.datasets("train_dataset")}
+    kept = {letterboxed(lab.dataset(path)) for path in paths}
     if len(kept) > 1:
         raise lab.unusable("train_dataset", expected="the same use_random_crop in all, where they are letterboxed")
     if modes == {"letterbox"} and kept == {False}:
-        lab.assume(
-            "without effect: resize_mode letterbox; "
-            + (
-                "the lab's loader leaves it out where use_random_crop crops"
-                if any(_is_nav(lab, path) for path in lab.datasets("train_dataset"))
-                else f"{NAV} alone reads it"
-            )
+        because = (
+            "the lab's loader leaves it out where use_random_crop crops" if _any_nav(lab) else f"{NAV} alone reads it"
         )
-    return kept == {True}
+        lab.assume(f"without effect: resize_mode letterbox; {because}")
+    if kept == {True} and any(lab.get(f"{path}.use_color_jitter", False) for path in paths):
+        lab.assume(
+            "resize_mode letterbox: colours change after it, those of its bars as well; in the loader bars stay black"
+        )
+    return spec.resize
 
 
 def box_annotations(lab: LabConfig) -> Path | None:
@@ -143,6 +169,13 @@ def _axes(spec: PolicySpec, lab: LabConfig) -> tuple[str, ...]:
 def _source(lab: LabConfig, path: str) -> dict[str, Any]:
     """One dataset as a source: its files, and which of them."""
     source: dict[str, Any] = {"files": [_files(lab, path)]}
+    keys = ("type", "instruction_preset", "instruction_override", *V5_KEYS)
+    words = override_words({key: lab.get(f"{path}.{key}") for key in keys if lab.has(f"{path}.{key}")})
+    if words:
+        source["words"] = words
+        lab.assume(
+            f"{path}.instruction_override: an episode is told one of its sentences in an epoch; the loader draws for each window"
+        )
     least = lab.get(f"{path}.min_episode_frames", _NAV_LEAST if _is_nav(lab, path) else 0)
     filters = {
         "exclude": tuple(lab.get(f"{path}.exclude_path_types", ())),
@@ -191,6 +224,8 @@ def _pixel_norm(lab: LabConfig, *, fork: bool) -> str:
     ours: str | None = lab.get("jetvla.pixel_norm")
     if ours is not None:
         return ours
+    if _any_nav(lab):
+        return "clip"  # whatever image_mean and image_std say
     if fork:
         lab.assume(
             "pixels: before February 2026 the fork's loader subtracted no mean whatever image_mean says (data.pixel_norm)"
@@ -207,12 +242,16 @@ def _note_datasets(lab: LabConfig, data: dict[str, Any], *, fork: bool) -> None:
     shares = {lab.get(f"{path}.train_split", _NAV_TRAINS if _is_nav(lab, path) else _TRAINS) for path in paths}
     data["val_share"] = round(1 - max(shares), 6)
     if fork:
+        drawn = "leaves out those with a chunk beyond the end" if _any_nav(lab) else "draws fewer at random"
         lab.assume(
             "the split is drawn by episode, left and right alike; the fork's is by sorted file name (data.split)"
         )
-        lab.assume(
-            "an epoch is every window once; the fork draws fewer at random: T - W - n + 1 for an episode of T frames"
-        )
+        lab.assume(f"an epoch is every window once; the loader {drawn}: T - W - n + 1 for an episode of T frames")
+        if not _any_nav(lab):
+            lab.assume(
+                "a file without a sentence is told the one for the side in its name; since February 2026 the fork's loader draws one of "
+                "five there (data.sources.words)"
+            )
     for path in paths:
         for key in ("window_size", "fwd_pred_next_n"):
             if (inner := lab.get(f"{path}.{key}", lab.get(key))) != lab.get(key):

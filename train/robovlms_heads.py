@@ -37,12 +37,15 @@ def class_settings(lab: LabConfig, spec: PolicySpec, values: Mapping[str, Any]) 
     lab.get("act_head.num_classes")
     for path in (*lab.datasets("train_dataset"), *lab.datasets("val_dataset")):
         lab.get(f"{path}.num_classes")
-    stated = lab.get("jetvla.classes")
+    stated, folded = lab.get("jetvla.classes"), lab.get("jetvla.relabel", {})
+    width = lab.get("act_head.instr_in_features")
     if spec.head.kind != "classes":
+        if width is not None:
+            lab.assume("act_head.instr_in_features has no effect: class heads alone read it")
         return ClassSettings()
     hint = 'state the order that the run had in the config: "jetvla": {"classes": ["Stop", "F", "TurnL=0,0,0.5"]}'
     order = class_order(values, spec.head.outputs)
-    names, relabel = (tuple(stated), {}) if stated else (order.names, order.relabel)
+    names, relabel = (tuple(stated), folded) if stated else (order.names, order.relabel)
     if len(names) != spec.head.outputs:
         raise UnsupportedPolicyError(
             f"{lab.origin}: what the {spec.head.outputs} classes of act_head.num_classes mean must be stated",
@@ -52,11 +55,17 @@ def class_settings(lab: LabConfig, spec: PolicySpec, values: Mapping[str, Any]) 
         )
     if not stated:
         lab.assume(f"classes {' '.join(names)} ({order.source}); jetvla.classes states another order")
-    if relabel:
+    if relabel and not stated:
         told = ", ".join(f"{motion} as {name}" for motion, name in relabel.items())
         lab.assume(f"classes: frames are labelled as that loader does, {told}")
     table = parse_classes(names, relabel=relabel, hint=hint)
     settings: dict[str, Any] = {"classes": names} | ({"relabel": relabel} if relabel else {})
+    if spec.head.told:
+        settings["instruction_in_head"] = True
+        lab.assume(
+            "act_head.instr_in_features: the head is told the mean of the prompt's word embeddings, padding included, as the lab's package "
+            "does; where its loader finds embeddings of episodes in a file, they are not read"
+        )
     return ClassSettings(settings, AXES if table.hears_turns else AXES[:2])
 
 

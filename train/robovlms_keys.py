@@ -78,6 +78,10 @@ class LabConfig:
         value = self._leaves.get(path)
         return default if value is None else value
 
+    def has(self, path: str) -> bool:
+        """Whether the key is there, null included."""
+        return path in self._leaves
+
     def require(self, path: str) -> Any:
         """The value.
 
@@ -88,6 +92,22 @@ class LabConfig:
         if value is None:
             raise self.unusable(path, expected=_kind(path))
         return value
+
+    def require_all(self, *paths: str) -> None:
+        """See that all of them have a value.
+
+        Raises:
+            ConfigError: names every one that has none.
+        """
+        missing = [path for path in paths if self.get(path) is None]
+        if len(missing) > 1:
+            raise ConfigError(
+                f"{self.origin}: {', '.join(f'`{path}`' for path in missing)} are missing",
+                expected="; ".join(f"{path}: {_kind(path)}" for path in missing),
+                hint="RoboVLMs' trainer needs them, too: add them, or name the config that has them as `parent`.",
+            )
+        for path in missing:
+            self.require(path)
 
     def assume(self, sentence: str) -> None:
         """Note that something is not as the config says, or cannot be known from it."""
@@ -233,5 +253,9 @@ def _fits(value: object, kind: str) -> bool:
             return isinstance(value, str) or _fits(value, WHOLE)
         case "a text or a list of texts":
             return isinstance(value, str) or _fits(value, TEXTS)
+        case "a whole number, a list of them, or a text":
+            return isinstance(value, str) or all(
+                _fits(item, WHOLE) for item in (value if isinstance(value, list) else [value])
+            )
         case _:
             return isinstance(value, dict)

@@ -39,6 +39,7 @@ from train.run_config import RunConfig
 from train.sampling import steps_per_epoch
 from train.split import SPLIT_NAME, Split, draw_split, part_episodes, read_split
 from train.token_cache import TokenCache
+from train.told import told_texts
 from train.trainable import build_policy, head_spec, reaches_vision, training_mode
 from train.windows import resolve_action_range
 
@@ -173,8 +174,7 @@ def gather(loaded: LoadedConfig, bar: Bar = no_bar) -> Gathered:
             expected="shares of groups that there are",
             hint="path_shares are of straight, left, right and other; family_shares of what stands between _target_ and _path.",
         )
-    augment = config.augment
-    texts = (*instructions_of(episodes), *(augment.stop_words if augment.stop > 0 else ()))
+    texts = (*instructions_of(episodes), *told_texts(config.augment))
     cameras = tuple(camera for camera in CAMERAS if camera in config.data.cameras)
     prompts = {
         text: torch.tensor(tokenize(text, config.data.prompt_template, base / "tokenizer.json")) for text in texts
@@ -280,6 +280,7 @@ def facts_of(gathered: Gathered) -> TrainingFacts:
         prompt_template=data.prompt_template,
         pad_prompt_to=data.pad_prompt_to,
         classes=_class_table(gathered).spelled() if model.head == "classes" else None,
+        relabel=model.relabel,
     )
 
 

@@ -19,6 +19,8 @@ from train.adapter_recipe import AdapterRecipe
 
 _LISTED = 6
 _EMBEDDING = "backbone.text_model.model.embed_tokens.weight"
+_PROJECTION = "image_to_text_projection."
+_TUNED = "tune_mm_projector"  # upstream does not know this key
 _LAYER = re.compile(r"^backbone\.text_model\.model\.layers\.(\d+)\.")
 _CLOSE = 1e-3  # of the largest change that an adapter makes
 _DEVIATIONS = 6  # of what unrelated differences would give by chance
@@ -59,6 +61,8 @@ def _was_trained(
 ) -> bool:
     if name == _EMBEDDING:
         return bool(setup.get("train_text_embedding", False))
+    if name.startswith(f"backbone.{_PROJECTION}") and bool(setup.get(_TUNED, False)):
+        return True
     if recipe is not None:
         if not name.endswith(".bias") or recipe.bias == "none":
             return False
@@ -75,6 +79,7 @@ def _was_trained(
 
 
 def check_base(
+    setup: Mapping[str, Any],
     state: Mapping[str, Tensor],
     origin_weights: Mapping[str, Tensor],
     recipe: AdapterRecipe,
@@ -87,6 +92,7 @@ def check_base(
     """Hold the frozen weights under adapters against the base directory's; what was found, in a sentence, or None.
 
     Args:
+        setup: `train_setup`: parts that trained beside their adapters differ from any base, and tell nothing.
         state: canonical name -> tensor, adapters unmerged.
         origin_weights: of the base directory.
         adapted: paths of adapted Linears.
@@ -105,7 +111,9 @@ def check_base(
         )
     modules = (*adapted, *adapted_embeddings(state))
     own = [module for module in modules if f"backbone.{module}.weight" not in filled]
-    other = [module for module in own if not _same(state, origin_weights, module)]
+    other = [
+        module for module in own if not _trained_beside(module, setup) and not _same(state, origin_weights, module)
+    ]
     merged = [module for module in other if _holds_adapter(state, origin_weights, recipe, module)]
     if merged:
         raise CheckpointError(
@@ -126,6 +134,13 @@ def check_base(
             f"{len(other)} frozen weights are not those of {folder}: the file's own are used, as it holds all of them"
         )
     return None
+
+
+def _trained_beside(module: str, setup: Mapping[str, Any]) -> bool:
+    """Whether a Linear trains along with the adapter on it: the fork thaws the projection again, our trainer the vision tower too."""
+    if module.startswith(_PROJECTION):
+        return bool(setup.get(_TUNED, False))
+    return module.startswith("vision_model.") and bool(setup.get("train_vision", False))
 
 
 def _same(state: Mapping[str, Tensor], base: Mapping[str, Tensor], module: str) -> bool:

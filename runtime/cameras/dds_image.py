@@ -14,10 +14,12 @@ from typing import Any
 from bundle.errors import CameraError
 from runtime.cameras.base import Frame
 from runtime.cameras.ros_cdr import CompressedImage, Image, read_compressed_image, read_image
-from runtime.cameras.ros_image import frame_of
+from runtime.cameras.ros_image import check_types, frame_of
 from runtime.cameras.source_clock import SourceClock
 from runtime.robot_file import Ros2TopicCamera
-from runtime.ros_names import dds_topic, obey_discovery, resolve_domain
+from runtime.ros_names import dds_topic, obey_discovery, resolve_domain, ros_type
+
+_MOST_WRITERS = 1000  # in a domain
 
 
 class DdsCamera:
@@ -28,6 +30,7 @@ class DdsCamera:
         CameraError: cyclonedds is not installed, or ROS_DOMAIN_ID is no domain.
         """
         try:
+            import cyclonedds.builtin
             import cyclonedds.core
             import cyclonedds.domain
             import cyclonedds.sub
@@ -45,6 +48,8 @@ class DdsCamera:
         self._type = image_type(config.message)
         self._reader: Any = None
         self._waitset: Any = None
+        self._others: Any = None
+        self._there: Any = None
         self._clock = SourceClock()
 
     def open(self) -> None:
@@ -63,6 +68,11 @@ class DdsCamera:
             participant = self._dds.domain.DomainParticipant(self._domain)
             topic = self._dds.topic.Topic(participant, dds_topic(self._config.topic), self._type, qos=qos)
             self._reader = self._dds.sub.DataReader(participant, topic, qos=qos)
+            self._others = self._dds.builtin.BuiltinDataReader(
+                participant, self._dds.builtin.BuiltinTopicDcpsPublication
+            )
+            states = core.ViewState.Any | core.InstanceState.Alive | core.SampleState.Any
+            self._there = core.ReadCondition(self._others, states)
             self._waitset = core.WaitSet(participant)
             states = core.ViewState.Any | core.InstanceState.Any | core.SampleState.NotRead
             self._waitset.attach(core.ReadCondition(self._reader, states))
@@ -80,7 +90,7 @@ class DdsCamera:
 
         Raises:
             FrameError: it is damaged.
-            CameraError: it is not as configured, or the reader has failed.
+            CameraError: it is not as configured, nor is what others publish on the topic, or the reader has failed.
         """
         if self._reader is None:
             raise CameraError(f"the topic {self._config.topic} is not open", hint="open it first.")
@@ -90,11 +100,13 @@ class DdsCamera:
             while samples := self._reader.take(N=8):
                 valid = [sample for sample in samples if sample.sample_info.valid_data]
                 newest = valid[-1] if valid else newest
+            published = self._published() if newest is None and not self.publishers() else set()
         except self._dds.core.DDSException as error:
             raise CameraError(
                 f"the topic {self._config.topic} is lost", got=error, hint="look at the network interfaces."
             ) from None
         if newest is None:
+            check_types(published, self._config)
             return None
         return frame_of(newest, self._config, self._config.topic, self._clock, time.monotonic())
 
@@ -102,9 +114,14 @@ class DdsCamera:
         """How many publishers this reader is matched with."""
         return 0 if self._reader is None else len(self._reader.get_matched_publications())
 
+    def _published(self) -> set[str]:
+        """The types that others publish on the topic, as ROS names them."""
+        found = self._others.read(N=_MOST_WRITERS, condition=self._there)
+        return {ros_type(one.type_name) for one in found if one.topic_name == dds_topic(self._config.topic)}
+
     def close(self) -> None:
         """Leave the domain; what nobody refers to any more is deleted."""
-        self._waitset = None
+        self._waitset = self._there = self._others = None
         self._reader = None
 
 

@@ -24,6 +24,7 @@ class FakeRos:
         self.changed = threading.Condition()
         self.subscriptions: list[_Subscription] = []
         self.services: dict[str, Callable[[Any], Any]] = {}
+        self.publishers: dict[str, list[str]] = {}  # types by topic
         self.domains: list[int | None] = []
         self.contexts_open = 0
 
@@ -145,6 +146,9 @@ class _Node:
             self.subscriptions.append(subscription)
             self._ros.subscriptions.append(subscription)
         return subscription
+
+    def get_publishers_info_by_topic(self, topic: str) -> list[SimpleNamespace]:
+        return [SimpleNamespace(topic_type=kind) for kind in self._ros.publishers.get(topic, [])]
 
     def create_client(self, kind: type, name: str) -> _Client:
         return _Client(self._ros, name)

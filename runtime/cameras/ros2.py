@@ -12,7 +12,7 @@ from typing import Any
 
 from bundle.errors import CameraError
 from runtime.cameras.base import Frame
-from runtime.cameras.ros_image import frame_of
+from runtime.cameras.ros_image import check_types, frame_of
 from runtime.cameras.source_clock import SourceClock
 from runtime.robot_file import Ros2ServiceCamera, Ros2TopicCamera
 
@@ -103,6 +103,8 @@ class TopicCamera:
         while self._arrived is None and (left := deadline - time.monotonic()) > 0:
             self._ros.executor.spin_once(timeout_sec=left)
         if self._arrived is None:
+            infos = self._ros.node.get_publishers_info_by_topic(self._config.topic)
+            check_types({one.topic_type for one in infos}, self._config)
             return None
         (message, arrival_s), self._arrived = self._arrived, None
         return frame_of(message, self._config, self._config.topic, self._clock, arrival_s)

@@ -7,6 +7,7 @@ ROS's own decoder takes it (compressed_image_transport).
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +22,7 @@ from runtime.cameras.orientation import upright
 from runtime.cameras.source_clock import SourceClock
 from runtime.robot_file import Ros2ServiceCamera, Ros2TopicCamera
 
+_TYPES = {"image": "sensor_msgs/msg/Image", "compressed": "sensor_msgs/msg/CompressedImage"}
 _CHANNELS = {"rgb8": 3, "bgr8": 3, "mono8": 1, "rgba8": 4, "bgra8": 4}
 
 
@@ -34,6 +36,26 @@ class Stamp(Protocol):
 def stamp_s(stamp: Stamp) -> float | None:
     """Seconds; None for zero, which is a stamp that nobody set."""
     return stamp.sec + stamp.nanosec * 1e-9 if stamp.sec or stamp.nanosec else None
+
+
+def check_types(published: Collection[str], config: Ros2TopicCamera) -> None:
+    """Nobody publishes what is read: a topic that carries something else would be waited for as for a camera that is off.
+
+    Args:
+        published: types on the topic, as ROS names them.
+
+    Raises:
+        CameraError: there are some, and none is that of the robot file.
+    """
+    read = _TYPES[config.message]
+    if published and read not in published:
+        other = next((name for name, kind in _TYPES.items() if kind in published), None)
+        raise CameraError(
+            f"the topic {config.topic} carries something else than the robot file says",
+            got=", ".join(sorted(published)),
+            expected=read,
+            hint=f'write message = "{other}" under [camera].' if other else "`topic` under [camera] is another one.",
+        )
 
 
 def frame_of(

@@ -23,7 +23,7 @@ _Record = TypeVar("_Record", bound=msgspec.Struct)
 _IMAGE = "image"
 _FIELD = 16 * 1024  # bytes of a plain field; an instruction has 2000 characters
 # A form's own charset would choose the codec of its fields, and Python has some that take the square of the length (punycode).
-_CHARSET = re.compile(r"charset[^=;]*=[\s\"]*([^\";\s]*)", re.IGNORECASE)
+_CHARSET = re.compile(r"charset[^=;]{0,8}=[\s\"]*([^\";\s]*)", re.IGNORECASE)
 _CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")
 
 

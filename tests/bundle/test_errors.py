@@ -52,3 +52,18 @@ def test_one_except_catches_them_all(kind: type[JetvlaError]) -> None:
 def test_whoever_refuses_broken_bundles_refuses_all_of_them() -> None:
     assert issubclass(BundleVersionError, BundleError)
     assert issubclass(BundleLockedError, BundleError)
+
+
+@given(st.text())
+def test_what_strangers_wrote_is_shown_and_not_obeyed(text: str) -> None:
+    shown = str(JetvlaError("what", got=text, hint="how"))
+    assert all(each.isprintable() or each == "\n" for each in shown)
+    assert shown.encode("utf-8")  # no half of a surrogate pair
+    if text.isprintable():
+        assert f"got:      {text}\n" in shown
+
+
+def test_a_message_is_no_flood() -> None:
+    shown = str(JetvlaError("what", got="x" * 1_000_000, hint="how"))
+    assert len(shown) < 5000
+    assert "... (1000000 characters)" in shown

@@ -247,6 +247,41 @@ def test_what_is_cut_short_is_refused(data: bytes, keep: float) -> None:
     assert refused(data[: int(len(data) * keep)]).fault == "damaged"
 
 
+KINDS = {
+    "plain": {},
+    "fine": {"quality": 95, "subsampling": 0},
+    "progressive": {"progressive": True},
+    "restarts": {"restart_marker_blocks": 3},
+    "restarts by row": {"restart_marker_rows": 1, "subsampling": 2},
+}
+SMOOTH = np.asarray(Image.fromarray(PICTURE[:5, :5]).resize((120, 90)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("noise", [0, 40])
+def test_an_end_behind_half_of_a_jpeg_is_refused(kind: str, mode: str, noise: int) -> None:
+    """libjpeg fills up what is missing and says nothing; a torn picture that somebody closed looks like one with a grey floor."""
+    pixels = SMOOTH // 2 + RANDOM.integers(0, noise + 1, SMOOTH.shape, dtype=np.uint8)
+    whole = saved(Image.fromarray(pixels).convert(mode), "JPEG", **KINDS[kind])
+    shown = decode_picture(whole)
+    assert np.array_equal(shown, np.asarray(Image.open(io.BytesIO(whole)).convert("RGB")))
+    start = whole.rindex(b"\xff\xda") + 10
+    for cut in (start + (len(whole) - start) * part // 20 for part in range(1, 16)):
+        if whole[cut - 1] != 0xFF:  # half of a marker
+            error = refused(whole[:cut] + b"\xff\xd9")
+            assert (error.fault, error.got) == ("damaged", "an end before the last pixels")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("side", [1, 8, 9, 16, 17, 50])
+def test_flat_pictures_are_whole(kind: str, side: int) -> None:
+    """As whole ones are told from filled ones by their last block, which is flat in both here."""
+    flat = saved(Image.new("RGB", (side, side + 3), (9, 99, 199)), "JPEG", **KINDS[kind])
+    assert decode_picture(flat).shape == (side + 3, side, 3)
+    assert decode_picture(flat + b"something behind it").shape == (side + 3, side, 3)
+
+
 @given(
     st.sampled_from([JPEG, PNG]),
     st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=8),

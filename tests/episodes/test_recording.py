@@ -390,6 +390,18 @@ def test_a_picture_that_is_no_jpeg(copy: Path) -> None:
             episode.frame(2)
 
 
+def test_a_picture_in_another_format_than_the_recorder_writes(copy: Path) -> None:
+    """A picture that ROS calls `rgb8; jpeg compressed rgb8` has red and blue exchanged."""
+    with open_episode(copy) as episode:
+        jpeg = episode.jpeg(3)
+        assert jpeg is not None
+        data = copy.read_bytes()
+        at = data.rindex(b"jpeg\0", 0, data.index(jpeg))
+        copy.write_bytes(data[:at] + b"bgr8" + data[at + 4 :])  # after it was checked
+        with pytest.raises(EpisodeError, match=r"#0: frame 3 of 6 is corrupt\n  got:      format 'bgr8'"):
+            episode.frame(3)
+
+
 @pytest.mark.parametrize("finished", [True, False])
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())

@@ -37,7 +37,7 @@ from train.synthetic import SyntheticFiles, SyntheticOptions
 
 UPSTREAM = SyntheticOptions()
 FORK = SyntheticOptions(layout="fork", head="velocities")
-SIX = SyntheticOptions(layout="fork", head="classes", action_dim=6)
+SEVEN = SyntheticOptions(layout="fork", head="classes", action_dim=7)
 
 # --- verification that fails ----------------------------------------------------------------------------------------------------
 
@@ -197,15 +197,15 @@ REFUSALS = (
     Refusal(
         "unstated classes",
         ConfigError,
-        ("what the 6 classes mean must be stated", "got:      nothing", "--classes Stop F L R FL FR"),
-        SIX,
+        ("what the 7 classes mean must be stated", "got:      nothing", "--classes Stop F L R FL FR"),
+        SEVEN,
         {"packing": "upstream"},
     ),
     Refusal(
         "too few classes",
         ConfigError,
-        ("what the 6 classes mean must be stated", "got:      Stop F"),
-        SIX,
+        ("what the 7 classes mean must be stated", "got:      Stop F"),
+        SEVEN,
         {"packing": "upstream", "classes": ("Stop", "F")},
     ),
     Refusal(

@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -313,6 +314,15 @@ def test_watching_takes_no_longer_than_it_should(config: CameraConfig) -> None:
         assert found.age_ms["p50"] <= found.age_ms["max"]
     else:
         assert isinstance(found.error, CameraError)
+
+
+def test_a_picture_that_is_mostly_white_is_a_problem(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def white(config: CameraConfig, seconds: float) -> object:
+        found = watch(config, 0.2)
+        return replace(found, bright_share=0.94)
+
+    monkeypatch.setattr(robot_doctor, "watch", white)
+    assert any("94% of the picture is white" in text for text in problems(run(bundle, robot_file(FAST), 0.2)))
 
 
 def test_sharpness_falls_when_a_picture_is_blurred() -> None:

@@ -16,6 +16,7 @@ from bundle.errors import CommandError
 from runtime.ros_names import obey_discovery, ros_type
 
 PATIENCE_S = 30
+TRACED = "<CycloneDDS><Domain><Tracing><Verbosity>none</Verbosity></Tracing></Domain></CycloneDDS>"
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +81,26 @@ def test_what_the_user_configured_comes_later_and_once(monkeypatch: pytest.Monke
     assert text.count("<CycloneDDS>") == 1
 
 
+@pytest.mark.parametrize("inline", [True, False])
+def test_interfaces_of_the_users_replace_loopback_and_other_settings_do_not(
+    inline: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of_user(text: str) -> str:
+        (tmp_path / "dds.xml").write_text(text)
+        return text if inline else f"file://{tmp_path / 'dds.xml'}"
+
+    chosen = of_user(
+        "<CycloneDDS><Domain><General><Interfaces><NetworkInterface name='lo'/></Interfaces></General></Domain></CycloneDDS>"
+    )
+    assert configured(monkeypatch, CYCLONEDDS_URI=chosen, ROS_LOCALHOST_ONLY="1") == chosen
+    traced = of_user(TRACED)
+    text = configured(monkeypatch, CYCLONEDDS_URI=traced, ROS_LOCALHOST_ONLY="1")
+    assert text is not None
+    assert "127.0.0.1" in text
+    assert text.endswith(f",{traced}")
+    assert text.count("127.0.0.1") == 1, "once for the camera and the commands"
+
+
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
@@ -108,7 +129,8 @@ def test_packets_stay_where_the_environment_says() -> None:
     if shutil.which("ip") is None or subprocess.run(["unshare", "-n", "true"], capture_output=True).returncode:
         pytest.skip("needs root and ip")
     local = {"ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}
-    environments = [{}, local, local | {"ROS_STATIC_PEERS": "10.9.9.2"}, {"ROS_LOCALHOST_ONLY": "1"}]
+    traced = {"CYCLONEDDS_URI": TRACED}
+    environments = [{}, local | traced, local | {"ROS_STATIC_PEERS": "10.9.9.2"}, {"ROS_LOCALHOST_ONLY": "1"} | traced]
     script = Path(__file__).with_name("dds_on_a_wire.py")
     ran = subprocess.run(
         ["unshare", "-n", sys.executable, script, str(PATIENCE_S)],

@@ -26,8 +26,10 @@ from train.augmentation import Augmenter, mirror_actions, mirror_frame, mirror_t
 from train.batches import Batch, BatchStream, make_batch, validation_windows
 from train.episode_set import TrainingEpisode
 from train.frame_store import FrameStore
+from train.inputs import instructions_of
 from train.run_config import AugmentConfig, DataConfig, LoopConfig, SourceConfig
 from train.sampling import View, Window, epoch_plan
+from train.told import Told
 from train.windows import action_chunks, normalize_actions
 
 SIZE = 8
@@ -325,7 +327,7 @@ def test_workers_leave_signals_to_the_main_process(drawn: Set, sent: signal.Sign
 
 
 def test_a_window_that_is_told_to_stop_stands_still(drawn: Set) -> None:
-    stopped = dataclasses.replace(RECORDED, told="Stop")
+    stopped = dataclasses.replace(RECORDED, told=Told("Stop", "Stop"))
     batch = drawn.batch(Window(RECORDED, 0), Window(stopped, 0))
 
     assert set(batch.instructions) == {drawn.episodes[0].instruction, "Stop"}
@@ -336,3 +338,25 @@ def test_a_window_that_is_told_to_stop_stands_still(drawn: Set) -> None:
     assert not np.any(batch.classes[1])  # the class that stands still
     words = [batch.instructions[batch.instruction_of[frame]] for frame in batch.frame_of[1]]
     assert set(words) == {"Stop"}
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_window_that_is_told_to_steer_does_what_its_words_say(drawn: Set, mirrored: bool) -> None:
+    view = dataclasses.replace(RECORDED, mirrored=mirrored, told=Told("Slide left", "L"))
+    batch = drawn.batch(Window(view, 0))
+
+    assert batch.instructions == ("Slide left",)
+    assert_array_equal(batch.mask, drawn.batch(Window(RECORDED, 0)).mask)
+    done = batch.physical[batch.mask]
+    assert_array_equal(done, np.broadcast_to(np.float32([0.0, 0.6]), done.shape))
+    assert {NINE.names[label] for label in batch.classes[batch.mask]} == {"L"}
+
+
+@pytest.mark.parametrize(("mirrored", "heard"), [(False, "Head left"), (True, "Head right")])
+def test_other_words_for_what_was_recorded_leave_its_actions_alone(drawn: Set, mirrored: bool, heard: str) -> None:
+    view = dataclasses.replace(RECORDED, mirrored=mirrored)
+    batch = drawn.batch(Window(dataclasses.replace(view, told=Told("Head left")), 0))
+
+    assert batch.instructions == (heard,)
+    assert_array_equal(batch.physical, drawn.batch(Window(view, 0)).physical)
+    assert {heard} <= set(instructions_of([dataclasses.replace(drawn.episodes[0], words=("Head left",))]))

@@ -237,7 +237,7 @@ def test_a_damaged_folder_is_called_so(model: nn.Module, upstream: SyntheticFile
         (folder / "adapter_model.safetensors").write_bytes(b"\0" * 64)
     else:
         (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    with pytest.raises(CheckpointError, match=r"is damaged|lacks adapter_model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"is damaged|is not JSON|lacks adapter_model\.safetensors"):
         load(folder, base=upstream.base)
 
 
@@ -323,6 +323,7 @@ def test_another_base_is_not_mixed_with_the_files(model: nn.Module, upstream: Sy
         ({"bias": "lora_only"}, {"lora_bias": "lora_only"}, "q_proj.bias"),
         ({"bias": "all"}, {"lora_bias": "all"}, "fc1.bias"),
         ({}, {"train_text_embedding": True}, "embed_tokens.weight"),
+        ({}, {"tune_mm_projector": True}, "image_to_text_projection.dense.weight"),
     ],
 )
 def test_what_was_trained_is_not_taken_from_the_base(

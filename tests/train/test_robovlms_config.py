@@ -386,6 +386,37 @@ def test_packing_is_the_right_one_unless_told_otherwise() -> None:
     assert "words are invisible" not in assumed(jetvla={"packing": "upstream"})
 
 
+def test_a_resampler_trains_where_its_row_is_used() -> None:
+    lab = {"use_vision_resampler": True, "train_setup__freeze_resampler": True}
+    assert (run(**lab).model.vision_resampler, run(**lab).model.freeze_resampler) == (True, True)
+    overwritten = {**lab, "jetvla": {"packing": "fork_overwrite"}}
+    assert not run(**overwritten).model.vision_resampler
+    assert "use_vision_resampler has no effect" in assumed(**overwritten)
+
+
+def test_a_class_head_is_told_the_instruction_where_the_lab_says_so() -> None:
+    lab = {
+        "act_head__type": "NavPolicy",
+        "act_head__num_classes": 9,
+        "act_head__instr_in_features": 2048,
+        "train_dataset__discrete_action": True,
+    }
+    assert run(**lab).model.instruction_in_head
+    assert "the mean of the prompt's word embeddings, padding included" in assumed(**lab)
+    other = {"act_head__instr_in_features": 2048}
+    assert not run(**other).model.instruction_in_head
+    assert "act_head.instr_in_features has no effect" in assumed(**other)
+
+
+def test_another_kosmos_is_a_name_of_folders() -> None:
+    """The class, its weights and the loader of HDF5 episodes do not ask for it."""
+    assert "model kosmos-g is a name of folders only" in assumed(model="kosmos-g")
+    assert "model kosmos" not in assumed()
+    for changes in ({"model": "paligemma"}, {"model": "kosmos-g", "train_dataset__type": "DiskCalvinDataset"}):
+        with pytest.raises(UnsupportedPolicyError, match=r"lab\.json: model = "):
+            run(**changes)
+
+
 def test_facts_that_our_trainer_recorded_count() -> None:
     facts = {
         "packing": "upstream",
@@ -522,6 +553,16 @@ def test_classes_whose_order_nobody_can_know_must_be_stated(changes: dict[str, A
         assert text in str(caught.value)
 
 
+def test_a_config_of_ours_trains_the_same_classes_again() -> None:
+    again = run(
+        act_head__type="MobileVLAClassificationDecoder",
+        act_head__num_classes=2,
+        jetvla__classes=["Stop=0,0", "F=1.15,0"],
+        jetvla__relabel={"FL": "F"},
+    )
+    assert (again.model.classes, again.model.relabel) == (("Stop=0,0", "F=1.15,0"), {"FL": "F"})
+
+
 def test_stated_classes_go_before_the_loaders() -> None:
     stated = ["Stop", "slow=0.2,0", "fast=1,0", "arc=0.5,0,0.3", "B", "L", "R"]
     config, notes = read(fork_config(**V5, act_head__num_classes=7, jetvla__classes=stated))
@@ -600,6 +641,11 @@ def test_a_wrong_type_is_refused_by_its_path(path: str, value: object) -> None:
 def test_a_misspelt_key_that_is_needed_is_suggested() -> None:
     with pytest.raises(ConfigError, match="did you mean learning_rate by `learnig_rate`"):
         run(learning_rate=None, learnig_rate=1e-4)
+
+
+def test_all_keys_that_are_missing_are_named_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"`window_size`, `learning_rate` are missing"):
+        run(window_size=None, learning_rate=None)
 
 
 def test_which_json_is_robovlms() -> None:

@@ -147,7 +147,7 @@ def test_a_process_without_work_gets_empty_batches() -> None:
 def test_a_share_of_windows_is_told_to_stop() -> None:
     augment = AugmentConfig(mirror=0.5, stop=0.3, stop_words=("Stop", "Halt"))
     told = Counter(
-        window.view.told
+        window.view.told and window.view.told.words
         for epoch in range(4)
         for window in windows_of(epoch_plan([60] * 10, LoopConfig(), augment, window=4, epoch=epoch))
     )

@@ -133,6 +133,18 @@ def test_a_contradicting_encoding_is_an_error(camera: DdsCamera) -> None:
         publisher.kill()
 
 
+@pytest.mark.parametrize("camera", [config("compressed")], indirect=True)
+def test_a_topic_of_another_type_is_named(camera: DdsCamera) -> None:
+    publisher = Publisher("image", "reliable")
+    try:
+        with pytest.raises(
+            CameraError, match=r'(?s)carries something else.*got: +sensor_msgs/msg/Image\n.*message = "image"'
+        ):
+            next_frame(camera, publisher)
+    finally:
+        publisher.kill()
+
+
 @pytest.mark.parametrize("camera", [config()], indirect=True)
 def test_nobody_publishes_and_opening_again(camera: DdsCamera) -> None:
     assert camera.read(0.05) is None

@@ -88,6 +88,19 @@ def test_a_topic(ros: FakeRos, topic: TopicCamera) -> None:
     assert (qos.depth, qos.history, qos.reliability) == (1, 1, 2)
 
 
+def test_a_topic_of_another_type_is_named(ros: FakeRos, topic: TopicCamera) -> None:
+    ros.publishers = {"/image_raw": ["sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage"]}
+    assert topic.read(0.01) is None
+    ros.publishers = {"/image_raw": ["sensor_msgs/msg/CompressedImage"], "/other": ["sensor_msgs/msg/Image"]}
+    with pytest.raises(
+        CameraError, match=r'(?s)/image_raw carries something else.*CompressedImage.*message = "compressed"'
+    ):
+        topic.read(0.01)
+    ros.publishers = {"/image_raw": ["std_msgs/msg/String"]}
+    with pytest.raises(CameraError, match=r"(?s)got: +std_msgs/msg/String.*another one"):
+        topic.read(0.01)
+
+
 def test_a_topic_that_is_waited_for(ros: FakeRos, topic: TopicCamera) -> None:
     threading.Timer(0.05, ros.publish, ["/image_raw", image()]).start()
     assert topic.read(LIMIT_S) is not None

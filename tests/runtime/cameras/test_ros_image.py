@@ -149,6 +149,33 @@ def test_files_with_red_and_blue_exchanged_are_put_right_as_ros_does(encoding: s
     assert np.array_equal(compressed(f"{encoding}; png compressed {order}", PICTURE), PICTURE[..., ::-1])
 
 
+@given(
+    st.sampled_from(["rgb8", "bgr8", "rgba8", "bgra8", "mono8"]),
+    st.sampled_from(["", "bgr8", "bgra8", "rgb8", "rgba8", "mono8"]),
+)
+def test_formats_against_the_rules_of_compressed_image_transport_in_opencv(encoding: str, order: str) -> None:
+    """Its subscriber decodes, converts by `format`, and labels the result with the encoding, from which cv_bridge makes rgb8."""
+    cv2 = pytest.importorskip("cv2")
+    pixels = GREYS[..., 0] if encoding == "mono8" else PICTURE
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    image = cv2.imdecode(np.frombuffer(buffer.getvalue(), np.uint8), cv2.IMREAD_UNCHANGED)
+    as_bgr = f"compressed {order}".startswith("compressed bgr")
+    code = {
+        (True, "rgb8"): "BGR2RGB",
+        (True, "rgba8"): "BGR2RGBA",
+        (True, "bgra8"): "BGR2BGRA",
+        (False, "bgr8"): "RGB2BGR",
+        (False, "bgra8"): "RGB2BGRA",
+        (False, "rgba8"): "RGB2RGBA",
+    }.get((as_bgr, encoding))
+    labelled = image if code is None else cv2.cvtColor(image, getattr(cv2, f"COLOR_{code}"))
+    to_rgb = {"bgr8": "BGR2RGB", "rgba8": "RGBA2RGB", "bgra8": "BGRA2RGB", "mono8": "GRAY2RGB"}.get(encoding)
+    want = labelled if to_rgb is None else cv2.cvtColor(labelled, getattr(cv2, f"COLOR_{to_rgb}"))
+
+    assert np.array_equal(compressed(f"{encoding}; png compressed {order}", pixels), want)
+
+
 @pytest.mark.parametrize(
     "form", ["mono8; jpeg compressed ", "mono8; png compressed", "jpeg", "bgr8; jpeg compressed bgr8"]
 )
