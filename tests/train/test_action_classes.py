@@ -125,7 +125,10 @@ def test_a_policy_that_turns_has_a_third_column() -> None:
 
 def test_a_stated_speed_leaves_recorded_turns_and_commands_of_ones_own() -> None:
     recorded = ("Stop=0,0", "F=1.15,0", "FL=1.15,1.15", "R=0.1,-0.4", "slow=0.2,0", "TurnL=0,0,0.8")
-    facts = TrainingFacts("upstream", False, "bilinear", "clip", AXES, -1.15, 1.15, 6.0, "0" * 64, classes=recorded)
+    facts = TrainingFacts(
+        packing="upstream", x_attn_causal=False, resize="bilinear", pixel_norm="clip", action_names=AXES, action_minimum=-1.15,
+        action_maximum=1.15, fps=6.0, base_sha256="0" * 64, classes=recorded,
+    )  # fmt: skip
     action = action_of(spec(6), facts=facts, class_speed=0.5)
     assert action.class_names == ("Stop", "F", "FL", "R", "slow", "TurnL")
     assert action.class_values == ((0, 0, 0), (0.5, 0, 0), (0.5, 0.5, 0), (0.1, -0.4, 0), (0.2, 0, 0), (0, 0, 0.8))

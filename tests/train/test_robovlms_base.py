@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from bundle.errors import BaseWeightsError, CheckpointError, ConfigError
 from bundle.hashing import sha256_file
-from tests.checkpoints import MakeSynthetic, read
+from tests.checkpoints import MakeSynthetic, configs, read
 from tests.train.runs import RunFiles
 from tests.train.test_robovlms_config import fork_config
 from train.checkpoint import load, load_policy, save_small
@@ -81,6 +81,22 @@ def test_it_is_made_once_and_read_by_everything(fork: SyntheticFiles, tmp_path: 
 def test_another_checkpoint_is_another_base(synthetic: MakeSynthetic, fork: SyntheticFiles, tmp_path: Path) -> None:
     other = synthetic(SyntheticOptions(layout="fork", head="velocities", seed=5))
     assert robovlms_base(fork.checkpoint, fork.base, tmp_path) != robovlms_base(other.checkpoint, other.base, tmp_path)
+
+
+def test_a_corrected_config_beside_the_checkpoint_is_another_base(fork: SyntheticFiles, tmp_path: Path) -> None:
+    """It says how strongly adapters act: what was merged with another scale must not be taken again."""
+    content = read(fork.checkpoint)
+    config = configs(content)
+    weights = tmp_path / "policy.pt"
+    torch.save({"state_dict": content["state_dict"]}, weights)
+    made = []
+    for alpha in (8, 16, 8):
+        config["train_setup"]["lora_alpha"] = alpha
+        weights.with_suffix(".json").write_text(json.dumps(config), encoding="utf-8")
+        made.append(robovlms_base(weights, fork.base, tmp_path / "bases"))
+    assert made[0] == made[2]
+    one, other = (load_file(base / "model.safetensors") for base in made[:2])
+    assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_damaged_checkpoint_leaves_no_base(fork: SyntheticFiles, tmp_path: Path) -> None:
