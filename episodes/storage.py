@@ -112,6 +112,7 @@ def open_dataset(group: h5py.Group, name: str, path: Path) -> h5py.Dataset:
     if not dataset.is_virtual:
         require_sound_references(dataset, path)
     if dataset.chunks is None or dataset.size in (None, 0):
+        _require_enough(dataset, path)
         return dataset
     # Frames share chunks in some files: without room for one row of chunks each frame would unpack all of them again.
     row = _chunk_bytes(dataset) * _chunks_a_row(dataset)
@@ -295,6 +296,19 @@ def _bounded(space: h5s.SpaceID) -> bool:
     if space.get_select_type() != h5s.SEL_HYPERSLABS or not space.is_regular_hyperslab():
         return True
     return all(value != h5s.UNLIMITED for part in space.get_regular_hyperslab() for value in part)
+
+
+def _require_enough(dataset: h5py.Dataset, path: Path) -> None:
+    """Refuse storage in one piece that is smaller than its shape: what is beyond it would be whatever is in memory."""
+    stored = dataset.id.get_storage_size() if dataset.size and not dataset.is_virtual else 0
+    needed = int(dataset.size or 0) * int(dataset.id.get_type().get_size())
+    if 0 < stored < needed:
+        raise EpisodeError(
+            f"{path} is damaged: {str(dataset.name).lstrip('/')} cannot be read",
+            got=f"{stored} bytes of storage for {dataset.dtype} {dataset.shape}",
+            expected=f"{needed} bytes",
+            hint="copy the file again from the robot; if it is like this there too, leave the episode out.",
+        )
 
 
 def _chunk_bytes(dataset: h5py.Dataset) -> int:

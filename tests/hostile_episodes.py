@@ -203,37 +203,42 @@ def _restructured(source: Path, seed: int, folder: Path) -> Path:
             names = _datasets(file)
             if not names:
                 break
-            name = rng.choice(names)
-            change = rng.randrange(9)
-            if change == 0:
-                file.attrs[rng.choice(_NAMES)] = rng.choice(_VALUES)
-            elif change == 1:
-                del file[name]
-            elif change == 2:
-                _replaced(file, name, rng.choice(_VALUES))
-            elif change == 3:
-                _replaced(file, name, None, shape=file[name].shape, dtype=file[name].dtype)
-            elif change == 4:
-                shape = tuple(rng.choice((0, 1, side, side + 1, 1 << 33)) for side in file[name].shape)
-                _replaced(
-                    file, name, None, shape=shape, dtype=file[name].dtype, chunks=True if 0 not in shape else None
-                )
-            elif change == 5 and file[name].dtype.kind in "fiu":
-                _replaced(file, name, file[name][()].astype(rng.choice((">f8", "<f2", ">i4", "u1", "?"))))
-            elif change == 6:
-                data = file[name][()]
-                _replaced(file, name, h5py.SoftLink(rng.choice((f"/{name}", "/gone", "/copy", "../x"))))
-                if "copy" not in file:
-                    file["copy"] = data
-            elif change == 7 and file[name].ndim:
-                kept = file[name][: max(1, len(file[name]) - rng.randrange(3))]
-                _replaced(file, name, None, shape=file[name].shape, dtype=file[name].dtype)
-                file[name][: len(kept)] = kept
-            elif rng.random() < 0.5 and "z" not in file:
-                file.move(name, "z")
-            else:
-                file.attrs[rng.choice(_NAMES)] = rng.choice(_VALUES)
+            with suppress(
+                OSError, TypeError, ValueError, MemoryError, RuntimeError
+            ):  # what h5py cannot make is passed over
+                _changed(file, rng.choice(names), rng)
     return path
+
+
+def _changed(file: h5py.File, name: str, rng: random.Random) -> None:
+    """One change."""
+    change = rng.randrange(9) if file[name].shape else 1
+    if change == 0:
+        file.attrs[rng.choice(_NAMES)] = rng.choice(_VALUES)
+    elif change == 1:
+        del file[name]
+    elif change == 2:
+        _replaced(file, name, rng.choice(_VALUES))
+    elif change == 3:
+        _replaced(file, name, None, shape=file[name].shape, dtype=file[name].dtype)
+    elif change == 4:
+        shape = tuple(rng.choice((0, 1, side, side + 1, 1 << 33)) for side in file[name].shape)
+        _replaced(file, name, None, shape=shape, dtype=file[name].dtype, chunks=True if 0 not in shape else None)
+    elif change == 5 and file[name].dtype.kind in "fiu":
+        _replaced(file, name, file[name][()].astype(rng.choice((">f8", "<f2", ">i4", "u1", "?"))))
+    elif change == 6:
+        data = file[name][()]
+        _replaced(file, name, h5py.SoftLink(rng.choice((f"/{name}", "/gone", "/copy", "../x"))))
+        if "copy" not in file:
+            file["copy"] = data
+    elif change == 7 and file[name].ndim:
+        kept = file[name][: max(1, len(file[name]) - rng.randrange(3))]
+        _replaced(file, name, None, shape=file[name].shape, dtype=file[name].dtype)
+        file[name][: len(kept)] = kept
+    elif rng.random() < 0.5 and "z" not in file:
+        file.move(name, "z")
+    else:
+        file.attrs[rng.choice(_NAMES)] = rng.choice(_VALUES)
 
 
 def _datasets(file: h5py.File) -> list[str]:
