@@ -38,6 +38,30 @@ PICTURE_SCANNED_PIXELS = PICTURE_SCANS * 8_300_000  # each scan visits every pix
 PICTURE_SEGMENTS = 1024  # beside the pixels
 PICTURE_HEADER_BYTES = 8_000_000  # before the pixels of a JPEG
 
+# Episodes, datasets and recordings. Decoded, a camera's pictures are three to thirty times as large as in the file, drawn ones a
+# hundred times; a video of a room in which nothing moves, two thousand times.
+EPISODE_FRAMES = 250_000  # seven hours at ten a second
+EPISODE_VALUE_BYTES = 64 << 20  # of actions, texts or times
+EPISODE_TEXT = 65_536  # characters; an instruction has a hundred
+EPISODE_CHUNK_BYTES = 512 << 20  # of HDF5, unpacked; some recorders put a whole episode into one
+EPISODE_CHUNKS = 2_000_000
+EPISODE_CHUNKS_A_FRAME = 4096
+EPISODE_SOURCES = 4096  # other files that hold parts of one
+EPISODE_LINKS = 16
+EPISODE_ATTRIBUTES = 4096
+EPISODE_ATTRIBUTE_BYTES = 1 << 20
+FREE_PIXEL_BYTES = 256 << 20  # decoded, however few bytes hold them
+PIXEL_BYTES_A_BYTE = 200
+FREE_VIDEO_BYTES = 2 << 30
+VIDEO_BYTES_A_BYTE = 2000
+TABLE_ROWS = 5_000_000  # of Parquet
+TABLE_VALUES = 40_000_000
+TABLE_HEADER_ITEMS = 1_000_000
+TABLE_FREE_BYTES, TABLE_BYTES_A_BYTE = 64 << 20, 2  # unpacked; pictures and sensor values hardly shrink
+RECORDING_CHUNK_BYTES = 128 << 20  # of MCAP, unpacked
+RECORDING_FREE_BYTES, RECORDING_BYTES_A_BYTE = 256 << 20, 50
+RECORDING_MESSAGES, RECORDING_BYTES_A_MESSAGE = 200_000, 64
+
 _SHOWN = 80
 _KINDS = {
     stat.S_IFDIR: "a directory",

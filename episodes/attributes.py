@@ -16,6 +16,7 @@ import numpy.typing as npt
 from h5py import h5a
 
 from bundle.errors import EpisodeError
+from bundle.reading_limits import EPISODE_ATTRIBUTE_BYTES, EPISODE_ATTRIBUTES
 from episodes.container import find_dataset, has_link
 from episodes.layout import TIMESTAMPS
 from episodes.storage import read_values
@@ -29,8 +30,6 @@ _UNITS = {"s": 1.0, "sec": 1.0, "second": 1.0, "seconds": 1.0, "ms": 1e-3, "us":
 _SMALLER = {"milliseconds": 1e-3, "microseconds": 1e-6, "nanoseconds": 1e-9}
 _USUAL_FPS = (0.5, 240.0)
 _AGREE = 1.25  # stamps and a stated rate or duration differ by less
-_MOST_ATTRIBUTES = 4096
-_MOST_ATTRIBUTE_BYTES = 1 << 20
 
 
 def read_attributes(file: h5py.File) -> dict[str, object]:
@@ -40,11 +39,11 @@ def read_attributes(file: h5py.File) -> dict[str, object]:
         EpisodeError: there are too many, or one is too large.
         OSError, ...: what h5py raises on damage.
     """
-    if len(file.attrs) > _MOST_ATTRIBUTES:
+    if len(file.attrs) > EPISODE_ATTRIBUTES:
         raise EpisodeError(
             f"{file.filename} has an absurd number of attributes",
             got=len(file.attrs),
-            expected=f"at most {_MOST_ATTRIBUTES}",
+            expected=f"at most {EPISODE_ATTRIBUTES}",
             hint="leave the episode out; no recorder writes such a file.",
         )
     return {str(name): read_attribute(file, name) for name in file.attrs}
@@ -58,11 +57,11 @@ def read_attribute(item: h5py.File | h5py.Dataset, name: str) -> object:
     """
     stored = h5a.open(item.id, name.encode())
     size = math.prod(stored.shape or ()) * stored.get_type().get_size()
-    if size > _MOST_ATTRIBUTE_BYTES:
+    if size > EPISODE_ATTRIBUTE_BYTES:
         raise EpisodeError(
             f"{item.file.filename}: attribute {name!r} is of an absurd size",
             got=f"{size} bytes",
-            expected=f"at most {_MOST_ATTRIBUTE_BYTES}",
+            expected=f"at most {EPISODE_ATTRIBUTE_BYTES}",
             hint="leave the episode out, or delete the attribute from it.",
         )
     return _plain(item.attrs[name])

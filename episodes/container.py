@@ -19,12 +19,13 @@ import numpy as np
 from h5py import h5l
 
 from bundle.errors import EpisodeError, JetvlaError
-from episodes.storage import inside, open_dataset, read_values, require_regular, require_small_heap
+from bundle.reading_limits import EPISODE_LINKS, EPISODE_TEXT, check_regular_file
+from episodes.heap import require_sound_heap
+from episodes.storage import inside, open_dataset, read_values
 
 _HEAD_BYTES = 16  # enough to recognise a text file, a zero-filled file or another format in an error message
 _LISTED_DATASETS = 20
 _MOST_LISTED = 1000
-_MOST_LINKS = 16
 _COPY_AGAIN = "if it is an episode, copy it again from the robot; if it is like this there too, it was not written whole and is lost."
 
 
@@ -47,7 +48,7 @@ def open_container(path: Path) -> h5py.File:
             hint="pass the files in it, for example FOLDER/*.h5.",
         )
     try:
-        require_regular(path)
+        check_regular_file(path, error=EpisodeError, hint="a pipe or a device holds no recording; name the file.")
         with path.open("rb") as file:
             head = file.read(_HEAD_BYTES)
         if not h5py.is_hdf5(path):
@@ -59,7 +60,7 @@ def open_container(path: Path) -> h5py.File:
                 hint=_COPY_AGAIN,
             )
         opened = h5py.File(path, "r")
-        require_small_heap(path)
+        require_sound_heap(opened, path)
         return opened
     except BlockingIOError as error:
         raise EpisodeError(
@@ -154,11 +155,11 @@ def find_dataset(file: h5py.File, name: str, path: Path, *, depth: int = 0) -> h
             group = group[part]
             continue
         followed += 1
-        if followed > _MOST_LINKS:
+        if followed > EPISODE_LINKS:
             raise EpisodeError(
                 f"{path}: {name} is behind more links than anybody sets",
                 got=f"{followed} links",
-                expected=f"at most {_MOST_LINKS}",
+                expected=f"at most {EPISODE_LINKS}",
                 hint="the links lead in a circle: leave the episode out.",
             )
         value = group.id.links.get_val(part.encode())
@@ -218,6 +219,13 @@ def read_texts(dataset: h5py.Dataset, path: Path) -> tuple[str, ...]:
                 expected="UTF-8",
                 hint=f"rewrite {name} in UTF-8.",
             ) from error
+        if len(text) > EPISODE_TEXT:
+            raise EpisodeError(
+                f"{path}: {name} holds a text of an absurd length",
+                got=f"{len(text)} characters, {text[:40]!r}...",
+                expected=f"at most {EPISODE_TEXT}",
+                hint=f"rewrite {name}, or leave the episode out.",
+            )
         # Fixed-length strings are C strings in a larger buffer: after the first NUL comes padding or left-over memory.
         texts.append(text.split("\0", 1)[0])
     return tuple(texts)

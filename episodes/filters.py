@@ -34,6 +34,7 @@ _COMPRESSORS = {
     _ZSTD: "zstd",
     _BLOSC2: "blosc2",
 }
+_FLETCHER, _PACKED = 3, {5, 6}
 _SAME_SIZE = {
     2: "shuffle",
     3: "fletcher32",
@@ -96,6 +97,13 @@ def unpacks_to_more(
     most = declared + _SLACK
     if stored > declared * 1.25 + _SLACK:
         return f"{stored} bytes for a chunk of {declared}"
+    if not used and stored < declared and not _PACKED & set(numbers):
+        return f"{stored} bytes for a chunk of {declared}"
+    if used == [_LZF] and _FLETCHER not in numbers:
+        # It has no checksum, and libhdf5 fills up with whatever is in memory what a damaged chunk lacks.
+        _, raw = dataset.id.read_direct_chunk(corner)
+        size = _lzf_size(bytes(raw))
+        return None if size == declared else f"a chunk of {declared} bytes unpacks to {size}"
     if not used or stored * _BEST_RATIO.get(used[0], 1 << 40) <= max(_HARMLESS, most):
         return None
     _, raw = dataset.id.read_direct_chunk(corner)
@@ -122,6 +130,23 @@ def _unpacked_size(number: int, raw: bytes, most: int) -> int | None:
         return _zstd_size(raw) if number == _ZSTD else None
     except (struct.error, IndexError, zlib.error, OSError, ValueError):
         return None
+
+
+def _lzf_size(raw: bytes) -> int:
+    """Bytes that LZF unpacks to: runs that are copied (1 to 32), and repetitions (3 to 264); -1 where it is cut."""
+    size = at = 0
+    end = len(raw)
+    while at < end:
+        head = raw[at]
+        if head < 32:
+            at, size = at + head + 2, size + head + 1
+        elif head < 224:
+            at, size = at + 2, size + (head >> 5) + 2
+        elif at + 1 < end:
+            at, size = at + 3, size + raw[at + 1] + 9
+        else:
+            return -1
+    return size if at == end else -1
 
 
 def _zstd_size(raw: bytes) -> int | None:

@@ -17,16 +17,15 @@ import numpy as np
 import numpy.typing as npt
 
 from bundle.errors import EpisodeError, PictureError
+from bundle.reading_limits import EPISODE_FRAMES, FREE_PIXEL_BYTES, PICTURE_PIXELS, PIXEL_BYTES_A_BYTE
 from episodes.container import reading, require_dataset
 from episodes.layout import IMAGES, Schema
 from episodes.pictures import decode_picture
-from episodes.storage import MOST_FRAMES, Chunks, chunk_problem, missing_chunks, written_chunks
+from episodes.pixel_budget import PixelBudget
+from episodes.storage import Chunks, chunk_problem, missing_chunks, written_chunks
 from episodes.unwritten import lost_sectors
 
 Encoding = Literal["raw rgb", "raw bgr", "jpeg"]
-MOST_PIXELS = 40_000_000  # of one frame; a camera of 8K has 33 million
-_FREE_BYTES = 256 << 20
-_MOST_RATIO = 200  # of pixels to bytes in the file; a camera's pictures shrink to a third, drawn ones to a fiftieth
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,7 @@ class FrameSource:
     dataset: h5py.Dataset
     encoding: Encoding
     chunks: Chunks | None = field(default=None, repr=False)  # None where the storage is one piece
+    budget: PixelBudget = field(default_factory=lambda: PixelBudget(0), repr=False)
 
     def __len__(self) -> int:
         return int(self.dataset.shape[0])
@@ -82,9 +82,13 @@ class FrameSource:
         if stored.size == 0:
             raise self._corrupt(index, "0 bytes of JPEG")
         try:
-            return decode_picture(stored.tobytes(), png=False)
+            picture = decode_picture(stored.tobytes(), png=False)
         except PictureError as error:
             raise self._corrupt(index, f"{stored.size} bytes that are no JPEG image ({error.got})") from error
+
+        if reason := self.budget.exceeded(index, picture.nbytes):
+            raise self._corrupt(index, reason)
+        return picture
 
     def _corrupt(self, index: int, got: str) -> EpisodeError:
         return EpisodeError(
@@ -137,7 +141,7 @@ def open_frames(file: h5py.File, schema: Schema, path: Path, name: str | None = 
             expected="the recorded images; HDF5 would read them as black",
             hint="the disk was full, or the recorder was killed, when this episode was recorded: leave it out.",
         )
-    return FrameSource(path, dataset, encoding, written_chunks(dataset))
+    return FrameSource(path, dataset, encoding, written_chunks(dataset), PixelBudget(path.stat().st_size))
 
 
 def _require_bounds(dataset: h5py.Dataset, shape: tuple[int, ...], encoding: Encoding, path: Path) -> None:
@@ -148,11 +152,11 @@ def _require_bounds(dataset: h5py.Dataset, shape: tuple[int, ...], encoding: Enc
     """
     pixels = math.prod(shape[1:3]) if encoding != "jpeg" else 0
     frames = shape[0] * pixels * 3
-    if shape[0] > MOST_FRAMES or pixels > MOST_PIXELS:
-        got, expected = f"{dataset.dtype} {shape}", f"at most {MOST_FRAMES} frames of {MOST_PIXELS} pixels"
-    elif not dataset.is_virtual and frames > _FREE_BYTES + _MOST_RATIO * dataset.id.get_storage_size():
+    if shape[0] > EPISODE_FRAMES or pixels > PICTURE_PIXELS:
+        got, expected = f"{dataset.dtype} {shape}", f"at most {EPISODE_FRAMES} frames of {PICTURE_PIXELS} pixels"
+    elif not dataset.is_virtual and frames > FREE_PIXEL_BYTES + PIXEL_BYTES_A_BYTE * dataset.id.get_storage_size():
         got = f"{frames} bytes of pixels from {dataset.id.get_storage_size()} bytes in the file"
-        expected = f"at most {_MOST_RATIO} times as many"
+        expected = f"at most {PIXEL_BYTES_A_BYTE} times as many"
     else:
         return
     raise EpisodeError(

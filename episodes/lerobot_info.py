@@ -6,7 +6,6 @@ Needs no pyarrow. Knows nothing about tables and videos.
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from bundle.errors import EpisodeError
+from bundle.reading_limits import is_there, read_json
 
 INFO = "meta/info.json"
 TASKS = "meta/tasks.parquet"
@@ -145,19 +145,17 @@ def read_info(folder: Path) -> Info:
 
 def _load(folder: Path) -> dict[str, object]:
     path = folder / INFO
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
+    if not is_there(path):
         raise EpisodeError(
             f"{folder} is not a LeRobot dataset",
             got=f"no {INFO}",
             expected="the folder of a LeRobot v3 dataset",
             hint="pass the folder that holds meta, data and maybe videos.",
-        ) from error
-    except OSError as error:
-        raise _damaged(folder, error.strerror or error, "a file that can be read") from error
-    except (ValueError, RecursionError) as error:
-        raise _damaged(folder, f"{type(error).__name__}: {error}", "JSON") from error
+        )
+    try:
+        content = read_json(path, error=EpisodeError)
+    except EpisodeError as error:
+        raise _damaged(folder, f"{error.what.removeprefix(str(path))} ({error.got})".strip(), "JSON") from error
     if not isinstance(content, dict):
         raise _damaged(folder, type(content).__name__, "a JSON object")
     return content

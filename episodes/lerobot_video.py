@@ -21,9 +21,12 @@ import numpy as np
 import numpy.typing as npt
 
 from bundle.errors import EpisodeError
+from bundle.reading_limits import FREE_VIDEO_BYTES, PICTURE_PIXELS, VIDEO_BYTES_A_BYTE, check_regular_file
+from episodes.pixel_budget import PixelBudget
 
 PIXEL_FORMAT = "yuv420p"
 KEY_FRAME_EVERY = 2
+_FORMATS = (("mp4", 4, b"ftyp"), ("matroska", 0, b"\x1a\x45\xdf\xa3"))
 _CODECS = {"libx264": {"crf": "18", "preset": "medium"}, "mpeg4": {"qmin": "2", "qmax": "4"}}
 _AHEAD_SECONDS = 2.0  # decoding this far is no slower than a seek
 TOLERANCE_SECONDS = 1e-4  # between the table's time and the video's; what LeRobot itself allows
@@ -49,6 +52,7 @@ class VideoFrames:
     _container: Any = field(default=None, repr=False)
     _decoded: Iterator[Any] = field(default_factory=lambda: iter(()), repr=False)
     _time: float | None = field(default=None, repr=False)  # of the last decoded frame
+    _budget: PixelBudget = field(default_factory=lambda: PixelBudget(0), repr=False)
     _closed: bool = field(default=False, repr=False)
 
     def __bool__(self) -> bool:
@@ -67,6 +71,10 @@ class VideoFrames:
                 raise ValueError(
                     f"the nearest frame is {off:+.4f} s off {wanted:.4f} s, more than {TOLERANCE_SECONDS:g} s"
                 )
+            if frame is not None:
+                _require_pixels(frame)
+                if reason := self._budget.exceeded(index, 3 * frame.width * frame.height):
+                    raise ValueError(reason)
             image = None if frame is None else frame.to_ndarray(format="rgb24")
         except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
             self._release()
@@ -87,7 +95,7 @@ class VideoFrames:
     def _find(self, wanted: float, half: float) -> Any:
         """The frame within `half` seconds of `wanted`, or None."""
         if self._container is None:
-            self._container = av.open(str(self.path))
+            self._container = self._opened()
         elif self._time is not None and self._time <= wanted - half <= self._time + _AHEAD_SECONDS:
             return self._decode_to(wanted, half)[0]
         if not self._container.streams.video:
@@ -101,6 +109,24 @@ class VideoFrames:
             if frame is not None or not overshot:
                 return frame
         return None
+
+    def _opened(self) -> Any:
+        """The video, by the format that its first bytes show: what FFmpeg guesses may be a list of other files to be read."""
+        try:
+            size = check_regular_file(self.path, error=EpisodeError).st_size
+        except EpisodeError as error:
+            raise ValueError(error.what) from None
+        with self.path.open("rb") as file:
+            head = file.read(12)
+        kinds = [kind for kind, start, mark in _FORMATS if head[start:].startswith(mark)]
+        if not kinds:
+            raise ValueError(f"neither MP4 nor Matroska: it begins with {head!r}")
+        self._budget = PixelBudget(size, FREE_VIDEO_BYTES, VIDEO_BYTES_A_BYTE)
+        container: Any = av.open(str(self.path), format=kinds[0], options={"protocol_whitelist": "file"})
+        for stream in container.streams.video:
+            _require_pixels(stream.codec_context)
+            stream.codec_context.options = {"max_pixels": str(PICTURE_PIXELS)}
+        return container
 
     def _require_clock(self, stream: Any) -> None:
         """Refuse a video whose rate or beginning is not the dataset's: its frames would be taken for others."""
@@ -201,6 +227,11 @@ class VideoWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _require_pixels(picture: Any) -> None:
+    if picture.width * picture.height > PICTURE_PIXELS:
+        raise ValueError(f"{picture.width} x {picture.height} pixels, more than {PICTURE_PIXELS}")
 
 
 def _has(codec: str) -> bool:

@@ -198,7 +198,10 @@ def _write_rows(staging: Path, table: pa.Table, progress: _Progress, files: Exit
         if progress.data is not None:
             progress.data.close()
         path = _next_file(staging, progress, "data", DATA)
-        progress.data, progress.data_bytes = files.enter_context(pq.ParquetWriter(path, table.schema)), 0
+        progress.data, progress.data_bytes = (
+            files.enter_context(pq.ParquetWriter(path, table.schema, write_page_checksum=True)),
+            0,
+        )
     progress.data.write_table(table)
     progress.data_bytes += table.nbytes
     chunk, file = divmod(progress.files["data"], FILES_PER_CHUNK)
@@ -238,8 +241,8 @@ def _next_file(staging: Path, progress: _Progress, kind: str, template: str) -> 
 def _write_meta(staging: Path, plan: _Plan, progress: _Progress) -> None:
     meta = staging / EPISODES
     meta.parent.mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist(progress.rows), meta)
-    pq.write_table(tasks_table(plan.tasks), staging / TASKS)
+    pq.write_table(pa.Table.from_pylist(progress.rows), meta, write_page_checksum=True)
+    pq.write_table(tasks_table(plan.tasks), staging / TASKS, write_page_checksum=True)
     total = {name: merge([stats[name] for stats in progress.stats]).as_dict() for name in progress.stats[0]}
     (staging / "meta/stats.json").write_text(json.dumps(total, indent=4), encoding="utf-8")
     assert progress.size is not None

@@ -15,8 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import h5py
@@ -25,49 +24,41 @@ import numpy.typing as npt
 from h5py import h5d, h5f, h5p, h5s
 
 from bundle.errors import EpisodeError
+from bundle.reading_limits import (
+    EPISODE_CHUNK_BYTES,
+    EPISODE_CHUNKS,
+    EPISODE_CHUNKS_A_FRAME,
+    EPISODE_SOURCES,
+    EPISODE_VALUE_BYTES,
+    check_regular_file,
+)
 from episodes.filters import require_filters, unpacks_to_more
+from episodes.heap import require_sound_references
 
-MOST_FRAMES = 250_000  # seven hours at ten a second
-MOST_VALUE_BYTES = 64 << 20  # of actions, texts, times
-_MOST_CHUNK_BYTES = 512 << 20
-_MOST_CHUNKS_A_ROW = 4096
-_MOST_CHUNKS = 2_000_000
-_MOST_SOURCES = 4096
-_HEAP_BYTES = 64 << 20
-_READ_BYTES = 8 << 20
+_MOST_CHUNK_BYTES = EPISODE_CHUNK_BYTES
+_MOST_CHUNKS_A_ROW = EPISODE_CHUNKS_A_FRAME
+_MOST_CHUNKS = EPISODE_CHUNKS
+_MOST_SOURCES = EPISODE_SOURCES
 _SWITCH = "JETVLA_EPISODE_LINKS"
 _LEAVE_OUT = "leave the episode out; no recorder writes such a file."
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """The chunks of a dataset that were written: corner -> (bytes stored, mask of filters that were left out)."""
+    """The chunks of a dataset that were written: corner -> (bytes stored, mask of filters that were left out).
+
+    `sound` are those that were looked at.
+    """
 
     shape: tuple[int, ...]
     stored: dict[tuple[int, ...], tuple[int, int]]
+    sound: set[tuple[int, ...]] = field(default_factory=set)
 
     def of_row(self, row: int, dataset: h5py.Dataset) -> list[tuple[int, ...]]:
         """The corners of the chunks that hold `row`."""
         first = row // self.shape[0] * self.shape[0]
         rest = (range(0, size, chunk) for size, chunk in zip(dataset.shape[1:], self.shape[1:], strict=True))
         return list(itertools.product((first,), *rest))
-
-
-def require_regular(path: Path) -> None:
-    """Refuse what is no regular file: opening a named pipe would wait for ever.
-
-    Raises:
-        EpisodeError: it is a device, a pipe or a socket, also behind a link.
-        OSError: it cannot be looked at.
-    """
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode):
-        raise EpisodeError(
-            f"{path} is not a regular file",
-            got=stat.filemode(mode),
-            expected="a file on a disk, or a link to one",
-            hint="a pipe, a device or a socket holds no recording; name the file.",
-        )
 
 
 def inside(folder: Path, name: str, path: Path, what: str) -> Path:
@@ -86,11 +77,11 @@ def inside(folder: Path, name: str, path: Path, what: str) -> Path:
             hint=f"move both into one folder; or, if you trust the file, set {_SWITCH}=anywhere.",
         )
     try:
-        require_regular(resolved)
-    except OSError as error:
+        check_regular_file(resolved, error=EpisodeError)
+    except EpisodeError as error:
         raise EpisodeError(
-            f"{path}: {what} is missing",
-            got=f"{target}: {error.strerror}",
+            f"{path}: {what} is missing or no regular file",
+            got=error.what,
             expected="the file that holds the data; HDF5 would read zeros",
             hint="copy it again from the robot, together with the episode.",
         ) from None
@@ -118,7 +109,10 @@ def open_dataset(group: h5py.Group, name: str, path: Path) -> h5py.Dataset:
     dataset = h5py.Dataset(opened)
     _require_external(dataset, path)
     require_filters(dataset, path)
+    if not dataset.is_virtual:
+        require_sound_references(dataset, path)
     if dataset.chunks is None or dataset.size in (None, 0):
+        _require_enough(dataset, path)
         return dataset
     # Frames share chunks in some files: without room for one row of chunks each frame would unpack all of them again.
     row = _chunk_bytes(dataset) * _chunks_a_row(dataset)
@@ -129,6 +123,7 @@ def open_dataset(group: h5py.Group, name: str, path: Path) -> h5py.Dataset:
     if dataset.id.get_num_chunks() > _MOST_CHUNKS:
         raise _absurd(dataset, path, f"{dataset.id.get_num_chunks()} chunks", f"at most {_MOST_CHUNKS}")
     if row > access.get_chunk_cache()[1] and dataset.chunks[0] > 1:
+        opened.close()  # else the cache would stay as it is
         access.set_chunk_cache(521, min(row, _MOST_CHUNK_BYTES), 1.0)
         return h5py.Dataset(h5d.open(group.id, name.encode(), access))
     return dataset
@@ -168,8 +163,10 @@ def read_values(dataset: h5py.Dataset, path: Path) -> npt.NDArray[np.generic]:
         OSError, ...: what h5py raises on damaged data (see container.reading).
     """
     size = int(dataset.size or 0) * dataset.dtype.itemsize
-    if size > MOST_VALUE_BYTES:
-        raise _absurd(dataset, path, f"{size} bytes in {dataset.dtype} {dataset.shape}", f"at most {MOST_VALUE_BYTES}")
+    if size > EPISODE_VALUE_BYTES:
+        raise _absurd(
+            dataset, path, f"{size} bytes in {dataset.dtype} {dataset.shape}", f"at most {EPISODE_VALUE_BYTES}"
+        )
     if missing := missing_chunks(dataset):
         raise EpisodeError(
             f"{path}: {str(dataset.name).lstrip('/')} was never written to disk",
@@ -187,39 +184,15 @@ def read_values(dataset: h5py.Dataset, path: Path) -> npt.NDArray[np.generic]:
 
 def chunk_problem(dataset: h5py.Dataset, chunks: Chunks, corner: tuple[int, ...]) -> str | None:
     """Why the chunk at `corner` must not be read, or None."""
+    if corner in chunks.sound:
+        return None
     if corner not in chunks.stored:
         return "its storage was never written"
     stored, mask = chunks.stored[corner]
-    return unpacks_to_more(dataset, corner, stored, mask, _chunk_bytes(dataset))
-
-
-def require_small_heap(path: Path) -> None:
-    """Refuse a file in which one text or attribute takes tens of megabytes: their length shows only after they were read.
-
-    Texts, attributes and JPEG frames of any length lie in collections that begin with GCOL and their size (HDF5 file format, III.E).
-
-    Raises:
-        EpisodeError: there is such a collection.
-    """
-    size = path.stat().st_size
-    if size <= _HEAP_BYTES:
-        return
-    with path.open("rb", buffering=0) as raw:
-        start, tail = 0, b""
-        while block := raw.read(_READ_BYTES):
-            data = tail + block
-            place = data.find(b"GCOL\x01\0\0\0")
-            while place >= 0:
-                length = int.from_bytes(data[place + 8 : place + 16], "little")
-                if _HEAP_BYTES < length <= size:
-                    raise EpisodeError(
-                        f"{path} holds one text, attribute or picture of an absurd size",
-                        got=f"{length} bytes at {start - len(tail) + place}",
-                        expected=f"at most {_HEAP_BYTES}",
-                        hint=_LEAVE_OUT,
-                    )
-                place = data.find(b"GCOL\x01\0\0\0", place + 1)
-            start, tail = start + len(block), data[-16:]
+    reason = unpacks_to_more(dataset, corner, stored, mask, _chunk_bytes(dataset))
+    if reason is None:
+        chunks.sound.add(corner)
+    return reason
 
 
 def _require_external(dataset: h5py.Dataset, path: Path) -> None:
@@ -323,6 +296,19 @@ def _bounded(space: h5s.SpaceID) -> bool:
     if space.get_select_type() != h5s.SEL_HYPERSLABS or not space.is_regular_hyperslab():
         return True
     return all(value != h5s.UNLIMITED for part in space.get_regular_hyperslab() for value in part)
+
+
+def _require_enough(dataset: h5py.Dataset, path: Path) -> None:
+    """Refuse storage in one piece that is smaller than its shape: what is beyond it would be whatever is in memory."""
+    stored = dataset.id.get_storage_size() if dataset.size and not dataset.is_virtual else 0
+    needed = int(dataset.size or 0) * int(dataset.id.get_type().get_size())
+    if 0 < stored < needed:
+        raise EpisodeError(
+            f"{path} is damaged: {str(dataset.name).lstrip('/')} cannot be read",
+            got=f"{stored} bytes of storage for {dataset.dtype} {dataset.shape}",
+            expected=f"{needed} bytes",
+            hint="copy the file again from the robot; if it is like this there too, leave the episode out.",
+        )
 
 
 def _chunk_bytes(dataset: h5py.Dataset) -> int:

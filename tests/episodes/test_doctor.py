@@ -80,7 +80,7 @@ def test_a_mixed_set(mixed):
         "action 3 is not finite",
         "truncated or damaged",
         "1 of 8 frames: frame 7 is corrupt",
-        "not a regular file",
+        "is a named pipe",
         "red and blue look swapped",
         "10 episodes, 6 usable",
         "4 episodes\n  warning: no instruction is stored",
