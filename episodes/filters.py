@@ -102,8 +102,8 @@ def unpacks_to_more(
     if used == [_LZF] and _FLETCHER not in numbers:
         # It has no checksum, and libhdf5 fills up with whatever is in memory what a damaged chunk lacks.
         _, raw = dataset.id.read_direct_chunk(corner)
-        size = _lzf_size(bytes(raw))
-        return None if size == declared else f"a chunk of {declared} bytes unpacks to {size}"
+        held = _lzf_size(bytes(raw))
+        return None if held == declared else f"a chunk of {declared} bytes unpacks to {held}"
     if not used or stored * _BEST_RATIO.get(used[0], 1 << 40) <= max(_HARMLESS, most):
         return None
     _, raw = dataset.id.read_direct_chunk(corner)
