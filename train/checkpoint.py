@@ -132,7 +132,7 @@ def load(
     expected = map_keys(policy.state_dict()).names
     from_base, base_sha256 = _fill_from_base(raw, located, state, expected)
     check_held(setup, recipe, from_base, layers=located.kosmos.text_config.layers, adapted=adapted, origin=path.name)
-    remark = _check_base(path, located, state, recipe, adapted, from_base)
+    remark = _check_base(path, located, state, recipe, adapted, from_base, setup)
     folded = fold(state, recipe, origin=path.name) if recipe is not None and folding else ()
     _check_names(path, state, policy, expected)
     state = {name: tensor.float() for name, tensor in state.items()}
@@ -173,12 +173,13 @@ def _check_base(
     recipe: AdapterRecipe | None,
     adapted: tuple[str, ...],
     from_base: tuple[str, ...],
+    setup: Mapping[str, Any],
 ) -> str | None:
     """Whether file, adapters and base directory belong together; see train.trained_parts.check_base."""
     if recipe is None or located.folder is None or not any(located.folder.glob("model*.safetensors")):
         return None
     origin = base_weights(located.folder)
-    return check_base(state, origin, recipe, adapted, from_base, origin=path.name, folder=located.folder)
+    return check_base(state, origin, recipe, adapted, from_base, setup=setup, origin=path.name, folder=located.folder)
 
 
 def _with_prompt(spec: PolicySpec, raw: RawCheckpoint, template: str | None, pad_to: int | None) -> PolicySpec:

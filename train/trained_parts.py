@@ -18,6 +18,7 @@ from train.adapter_recipe import AdapterRecipe
 
 _LISTED = 6
 _EMBEDDING = "backbone.text_model.model.embed_tokens.weight"
+_PROJECTION = "image_to_text_projection."
 _LAYER = re.compile(r"^backbone\.text_model\.model\.layers\.(\d+)\.")
 _CLOSE = 1e-3  # of the largest change that an adapter makes; checkpoints may keep half precision
 
@@ -79,6 +80,7 @@ def check_base(
     adapted: Collection[str],
     filled: Collection[str],
     *,
+    setup: Mapping[str, Any],
     origin: str,
     folder: object,
 ) -> str | None:
@@ -89,6 +91,7 @@ def check_base(
         origin_weights: of the base directory.
         adapted: paths of adapted Linears.
         filled: canonical names that the base directory gave.
+        setup: `train_setup`; its `tune_mm_projector` trains the projection's weights beside their adapters.
 
     Raises:
         CheckpointError: the adapters are already merged into the weights beside them.
@@ -111,6 +114,8 @@ def check_base(
             expected="base weights and adapters apart: together they would count twice",
             hint="save after unmerge_adapter(); or delete the lora_ keys and set train_setup.lora_enable to false.",
         )
+    if setup.get("tune_mm_projector", False):
+        own, other = ([module for module in each if not module.startswith(_PROJECTION)] for each in (own, other))
     if other and filled:
         raise BaseWeightsError(
             f"{folder} is not the base of {origin}",
