@@ -20,6 +20,7 @@ import h5py
 import numpy as np
 
 from bundle.errors import EpisodeError
+from bundle.reading_limits import check_regular_file
 
 _HEAD_BYTES = 16  # enough to recognise a text file, a zero-filled file or another format in an error message
 _LISTED_DATASETS = 20
@@ -44,6 +45,7 @@ def open_container(path: Path) -> h5py.File:
             expected="one HDF5 episode file",
             hint="pass the files in it, for example FOLDER/*.h5.",
         )
+    check_regular_file(path, error=EpisodeError)
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD_BYTES)

@@ -53,11 +53,9 @@ def test_a_child_that_dies(synthetic, command, said):
 
 
 def test_a_file_that_hangs(tmp_path):
-    """Opening a named pipe that nobody writes to never ends, in the very code that opens episodes."""
-    pipe = tmp_path / "episode.h5"
-    os.mkfifo(pipe)
+    sleeper = (sys.executable, "-c", "import time; time.sleep(60)")
     start = time.monotonic()
-    problem = problem_of(examine_isolated(pipe, timeout_s=1.5))
+    problem = problem_of(examine_isolated(tmp_path, timeout_s=1.5, command=sleeper))
     assert time.monotonic() - start < 10
     assert (problem.code, problem.severity) == ("hung", "error")
     assert "did not end within 1.5 s" in problem.text
