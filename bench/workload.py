@@ -1,8 +1,8 @@
 """What one tick computes: the sizes of a policy, and every operation of its three stages with its arithmetic and its weights.
 
 The lists follow export/stages.py line by line, because that is what the graphs hold: tests/bench/test_workload.py counts the products of
-real graphs and the bytes of real weight files, and both must agree. Two sizes stand in no manifest, the widths of the feed-forward
-layers; they are found from the length of the weight files. Knows nothing about devices or time.
+real graphs and the bytes of real weight files, and both must agree. What stands in no manifest, the widths of the feed-forward layers and
+whether there is a second resampler, is found from the length of the weight files. Knows nothing about devices or time.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Literal
 
 import msgspec
@@ -23,6 +23,8 @@ Kind = Literal["linear", "attention", "norm", "softmax", "gelu", "quick_gelu", "
 # Kosmos-2: pictures are cut into squares of 14 pixels, feed-forward layers are four times as wide as their input.
 PATCH = 14
 _FFN_RATIOS = (4, 2, 1, 3, 8)
+# RoboVLMs' own resampler, which has one size: train/vision_resampler.py.
+_PERCEIVER_LAYERS, _PERCEIVER_HEADS, _PERCEIVER_HEAD_WIDTH = 6, 8, 64
 # Widths of the hidden layers of the head's MLP: train/action_head.py.
 _MLP = (1024, 512, 256)
 _PAGE = 4096  # weights start at multiples of it: export/weight_file.py
@@ -68,6 +70,8 @@ class Workload:
         outputs: width of one chunk step.
         vision_ffn, text_ffn: widths of the feed-forward layers.
         nodes: graph nodes by stage; empty if there is no graph to count.
+        perceiver: layers of RoboVLMs' own resampler behind Kosmos-2's.
+        told: the head hears the instruction beside the feature.
         buckets: sequence lengths that have a language graph.
         notes: what had to be assumed.
     """
@@ -83,6 +87,8 @@ class Workload:
     nodes: dict[str, int]
     buckets: tuple[int, ...]
     notes: tuple[str, ...] = ()
+    perceiver: int = 0
+    told: bool = False
 
 
 FULL = Workload(
@@ -111,6 +117,7 @@ def workload_of(manifest: Manifest, name: str = "bundle") -> Workload:
         text_ffn=_FFN_RATIOS[0] * dims.embed_dim,
         nodes={stage: entry.graphs[0].nodes for stage, entry in manifest.stages.items()},
         buckets=manifest.prompt.buckets,
+        told=manifest.prompt.told,
     )
     notes = []
     for stage, field, width in (("vision", "vision_ffn", dims.vision_width), ("language", "text_ffn", dims.embed_dim)):
@@ -119,9 +126,12 @@ def workload_of(manifest: Manifest, name: str = "bundle") -> Workload:
             notes.append(f"{stage}: a feed-forward width of {_FFN_RATIOS[0]} times its input is assumed")
             continue
         size = 2 if entry.precision == "fp16" else 4
-        for ratio in _FFN_RATIOS:
+        resamplers = (0, _PERCEIVER_LAYERS) if stage == "vision" else (draft.perceiver,)
+        for ratio, perceiver in product(_FFN_RATIOS, resamplers):
             widths = {"vision_ffn": draft.vision_ffn, "text_ffn": draft.text_ffn, field: ratio * width}
-            candidate = dataclasses.replace(draft, vision_ffn=widths["vision_ffn"], text_ffn=widths["text_ffn"])
+            candidate = dataclasses.replace(
+                draft, vision_ffn=widths["vision_ffn"], text_ffn=widths["text_ffn"], perceiver=perceiver
+            )
             if 0 <= file_bytes(candidate, stage, size) - entry.weight_bytes < _PAGE:
                 draft = candidate
                 break
@@ -275,6 +285,25 @@ def _vision(work: Workload) -> Iterator[Op]:
         keys += latents
     yield from _attention(cameras * dims.text_heads, latents, keys, out // dims.text_heads, masked=work.x_attn_causal)
     yield _linear("resampled", cameras * latents, out, out)
+    if work.perceiver:
+        yield from _perceive(cameras, latents, out, work.perceiver)
+
+
+def _perceive(cameras: int, latents: int, width: int, layers: int) -> Iterator[Op]:
+    rows, inner = cameras * latents, _PERCEIVER_HEADS * _PERCEIVER_HEAD_WIDTH
+    yield Op("perceiver", "move", moved_island=4 * layers * rows * width, island_weights=(rows * width,))
+    yield _norm("norm_media", rows, width, count=layers)
+    yield _norm("norm_latents", rows, width, count=layers)
+    yield _linear("perceiver_kv", 2 * rows, 2 * inner, width, count=layers, bias=False)
+    yield _linear("perceiver_q", rows, inner, width, count=layers, bias=False)
+    yield from _attention(cameras * _PERCEIVER_HEADS, latents, 2 * latents, _PERCEIVER_HEAD_WIDTH, count=layers)
+    yield _linear("perceiver_out", rows, width, inner, count=layers, bias=False)
+    yield _norm("perceiver_norm", rows, width, count=layers)
+    yield _linear("perceiver_fc1", rows, 4 * width, width, count=layers, bias=False)
+    yield Op("gelu", "gelu", layers, moved_island=8 * rows * width)
+    yield _linear("perceiver_fc2", rows, width, 4 * width, count=layers, bias=False)
+    yield Op("residual", "move", 2 * layers, moved_island=3 * rows * width)
+    yield _norm("perceived", rows, width)
 
 
 def _language(work: Workload, sequence: int) -> Iterator[Op]:
@@ -302,6 +331,9 @@ def _language(work: Workload, sequence: int) -> Iterator[Op]:
         yield _norm("ffn_norm", rows, work.text_ffn, count=count)
         yield _linear("fc2", rows, width, work.text_ffn, count=count)
     yield _norm("final_norm", dims.latent, width)
+    if work.told:
+        out = dims.latent * width
+        yield Op("told", "linear", m=1, n=out, k=width, moved_island=width + out, island_weights=(width * out, out))
 
 
 def _action_head(work: Workload) -> Iterator[Op]:

@@ -138,7 +138,9 @@ class PictureError(FrameError):
             look like), or `damaged`.
     """
 
-    def __init__(self, what: str, *, got: object = None, expected: object = None, hint: str, fault: str) -> None:
+    def __init__(
+        self, what: str, *, got: object = None, expected: object = None, hint: str, fault: str = "damaged"
+    ) -> None:
         super().__init__(what, got=got, expected=expected, hint=hint)
         self.fault = fault
 

@@ -90,7 +90,8 @@ class Prompt(_Strict, frozen=True, omit_defaults=True):
     `embed_scale` multiplies rows of token_embedding.npy, whose last row is the action token. `buckets` are the sequence lengths
     for which a language graph exists, ascending. `pad_to` reproduces deployments that pad the prompt (it moves the action
     token's position); null means natural length. `template` is the text around an instruction (bundle/prompt_template.py), and
-    `template_source` says where it and `pad_to` are from; bundles from before it was recorded have none.
+    `template_source` says where it and `pad_to` are from; bundles from before it was recorded have none. `told` says that the head
+    hears the instruction beside the feature: the mean of the prompt's embeddings stands in the slot behind the action token.
     """
 
     packing: Packing
@@ -103,6 +104,7 @@ class Prompt(_Strict, frozen=True, omit_defaults=True):
     buckets: tuple[int, ...]
     instructions: tuple[Instruction, ...]
     template_source: str = ""
+    told: bool = False
 
 
 class Preprocessing(_Strict, frozen=True):
@@ -113,6 +115,11 @@ class Preprocessing(_Strict, frozen=True):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     cameras: tuple[str, ...]
+
+    @property
+    def how(self) -> str:
+        """In words: what becomes of the shape, and by which filter."""
+        return "letterbox" if self.resize == "letterbox" else f"{self.resize} squash"
 
 
 class Action(_Strict, frozen=True, omit_defaults=True):

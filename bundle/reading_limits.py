@@ -24,7 +24,8 @@ INTEGER_DIGITS = 40  # 128 bits; larger ones are no dimension, count or seed of 
 
 # Checkpoints: RoboVLMs' own have 2,700 tensors and 0.6 MB of pickle, optimizer states included.
 PICKLE_BYTES = 32 << 20
-PICKLE_STEPS = 2_000_000
+PICKLE_STEPS = 1_000_000
+PICKLE_COPIES = 8 << 20  # bytes and items that calls in a pickle copy
 SAFETENSORS_HEADER_BYTES = 16 << 20
 ZIP_DIRECTORY_BYTES = 16 << 20
 TENSORS = 50_000
@@ -36,6 +37,30 @@ PICTURE_SCANS = 64
 PICTURE_SCANNED_PIXELS = PICTURE_SCANS * 8_300_000  # each scan visits every pixel
 PICTURE_SEGMENTS = 1024  # beside the pixels
 PICTURE_HEADER_BYTES = 8_000_000  # before the pixels of a JPEG
+
+# Episodes, datasets and recordings. Decoded, a camera's pictures are three to thirty times as large as in the file, drawn ones a
+# hundred times; a video of a room in which nothing moves, two thousand times.
+EPISODE_FRAMES = 250_000  # seven hours at ten a second
+EPISODE_VALUE_BYTES = 64 << 20  # of actions, texts or times
+EPISODE_TEXT = 65_536  # characters; an instruction has a hundred
+EPISODE_CHUNK_BYTES = 512 << 20  # of HDF5, unpacked; some recorders put a whole episode into one
+EPISODE_CHUNKS = 2_000_000
+EPISODE_CHUNKS_A_FRAME = 4096
+EPISODE_SOURCES = 4096  # other files that hold parts of one
+EPISODE_LINKS = 16
+EPISODE_ATTRIBUTES = 4096
+EPISODE_ATTRIBUTE_BYTES = 1 << 20
+FREE_PIXEL_BYTES = 256 << 20  # decoded, however few bytes hold them
+PIXEL_BYTES_A_BYTE = 200
+FREE_VIDEO_BYTES = 2 << 30
+VIDEO_BYTES_A_BYTE = 2000
+TABLE_ROWS = 5_000_000  # of Parquet
+TABLE_VALUES = 40_000_000
+TABLE_HEADER_ITEMS = 1_000_000
+TABLE_FREE_BYTES, TABLE_BYTES_A_BYTE = 64 << 20, 2  # unpacked; pictures and sensor values hardly shrink
+RECORDING_CHUNK_BYTES = 128 << 20  # of MCAP, unpacked
+RECORDING_FREE_BYTES, RECORDING_BYTES_A_BYTE = 256 << 20, 50
+RECORDING_MESSAGES, RECORDING_BYTES_A_MESSAGE = 200_000, 64
 
 _SHOWN = 80
 _KINDS = {
@@ -171,6 +196,8 @@ def check_plain(
                 expected=f"at most {INTEGER_DIGITS} digits",
                 hint=hint,
             )
+        if isinstance(each, str) and not each.isascii():
+            _check_text(each, origin, error, hint)
         if not isinstance(each, dict | list | tuple | set | frozenset):
             continue
         if depth >= PLAIN_DEPTH:
@@ -181,7 +208,7 @@ def check_plain(
             )
         waiting += [(inner, depth + 1) for inner in (each.values() if isinstance(each, dict) else each)]
         if isinstance(each, dict):
-            waiting += [(key, depth + 1) for key in each if not isinstance(key, str)]
+            waiting += [(key, depth + 1) for key in each if not (isinstance(key, str) and key.isascii())]
 
 
 def is_there(path: Path) -> bool:
@@ -192,9 +219,17 @@ def is_there(path: Path) -> bool:
         return False
 
 
+def _check_text(text: str, origin: str, error: type[JetvlaError], hint: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        found = ascii(text[:_SHOWN])
+        raise error(f"{origin} holds a text that is none", got=found, expected="Unicode", hint=hint) from None
+
+
 def _integer(digits: str) -> int:
-    if len(digits.lstrip("-")) > INTEGER_DIGITS:
-        raise ValueError(f"an integer of {len(digits)} digits, more than {INTEGER_DIGITS}")
+    if (count := len(digits.lstrip("-"))) > INTEGER_DIGITS:
+        raise ValueError(f"an integer of {count} digits, more than {INTEGER_DIGITS}")
     return int(digits)
 
 

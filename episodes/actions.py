@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from bundle.errors import EpisodeError
-from episodes.container import missing_chunks, read_texts, reading, require_dataset
+from episodes.container import has_link, read_texts, reading, require_dataset
 from episodes.layout import ACTION_CLASSES, ACTIONS, EVENT_TYPES
+from episodes.storage import read_values
 
 ACTION_NAMES = ("linear_x", "linear_y", "angular_z")
 CLASS_NAMES = (
@@ -64,18 +65,9 @@ def read_actions(file: h5py.File, path: Path, frames: int) -> npt.NDArray[np.flo
             hint="convert the episode with episodes.writer.write_episode, or leave it out.",
         )
     _require_length(path, ACTIONS, shape[0], frames)
-    with reading(path, ACTIONS):
-        never_written = missing_chunks(dataset)
-        # float64 beyond the range of float32 becomes inf, which the check below reports by its index.
-        with np.errstate(over="ignore"):
-            actions: npt.NDArray[np.float32] = np.asarray(dataset[()], dtype=np.float32)
-    if never_written:
-        raise EpisodeError(
-            f"{path}: {ACTIONS} was never written to disk",
-            got=f"{never_written} storage chunks missing; HDF5 would read them as zeros",
-            expected="the commanded velocities",
-            hint="the disk was full, or the recorder was killed, when this episode was recorded: leave it out.",
-        )
+    # float64 beyond the range of float32 becomes inf, which the check below reports by its index.
+    with reading(path, ACTIONS), np.errstate(over="ignore"):
+        actions: npt.NDArray[np.float32] = np.asarray(read_values(dataset, path), dtype=np.float32)
     finite = np.isfinite(actions)
     if not finite.all():
         row, column = (int(i) for i in np.argwhere(~finite)[0])
@@ -90,7 +82,7 @@ def read_actions(file: h5py.File, path: Path, frames: int) -> npt.NDArray[np.flo
 
 def read_event_types(file: h5py.File, path: Path, frames: int) -> tuple[str, ...] | None:
     """The event type of each action, or None where the file has none."""
-    if EVENT_TYPES not in file:
+    if not has_link(file, EVENT_TYPES):
         return None
     texts = read_texts(require_dataset(file, EVENT_TYPES, path), path)
     _require_length(path, EVENT_TYPES, len(texts), frames)
@@ -99,7 +91,7 @@ def read_event_types(file: h5py.File, path: Path, frames: int) -> tuple[str, ...
 
 def read_action_classes(file: h5py.File, path: Path, frames: int) -> npt.NDArray[np.int64] | None:
     """The stored discrete classes, int64 [T], or None where the file has none. Not compared with the actions."""
-    if ACTION_CLASSES not in file:
+    if not has_link(file, ACTION_CLASSES):
         return None
     dataset = require_dataset(file, ACTION_CLASSES, path)
     if dataset.dtype.kind not in "iu" or dataset.shape is None or len(dataset.shape) != 1:
@@ -111,7 +103,7 @@ def read_action_classes(file: h5py.File, path: Path, frames: int) -> npt.NDArray
         )
     _require_length(path, ACTION_CLASSES, dataset.shape[0], frames)
     with reading(path, ACTION_CLASSES):
-        return np.asarray(dataset[()], dtype=np.int64)
+        return np.asarray(read_values(dataset, path), dtype=np.int64)
 
 
 def _require_length(path: Path, name: str, length: int, frames: int) -> None:

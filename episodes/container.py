@@ -1,29 +1,31 @@
 """Opens HDF5 files that may be missing, half-written or damaged, and says which of these it is.
 
 Robots record until the disk is full, so truncated and damaged files are an ordinary case: everything that libhdf5 can
-raise on one becomes an EpisodeError here. A damaged file can also lie without raising: HDF5 reads storage that was
-never written as zeros, that is as black frames and as "stop" actions. `missing_chunks` is how the readers tell the
-two apart.
+raise on one becomes an EpisodeError here. A file can also lie without raising, and it can name other files: a dataset is
+opened by `find_dataset` only, which follows links itself and has episodes/storage.py look at what it finds.
 
 Knows nothing about images or actions; `layout` knows where those are.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
 import numpy as np
+from h5py import h5l
 
-from bundle.errors import EpisodeError
-from bundle.reading_limits import check_regular_file
+from bundle.errors import EpisodeError, JetvlaError
+from bundle.reading_limits import EPISODE_LINKS, EPISODE_TEXT, check_regular_file
+from episodes.heap import require_sound_heap
+from episodes.storage import inside, open_dataset, read_values
 
 _HEAD_BYTES = 16  # enough to recognise a text file, a zero-filled file or another format in an error message
 _LISTED_DATASETS = 20
+_MOST_LISTED = 1000
 _COPY_AGAIN = "if it is an episode, copy it again from the robot; if it is like this there too, it was not written whole and is lost."
 
 
@@ -45,8 +47,8 @@ def open_container(path: Path) -> h5py.File:
             expected="one HDF5 episode file",
             hint="pass the files in it, for example FOLDER/*.h5.",
         )
-    check_regular_file(path, error=EpisodeError)
     try:
+        check_regular_file(path, error=EpisodeError, hint="a pipe or a device holds no recording; name the file.")
         with path.open("rb") as file:
             head = file.read(_HEAD_BYTES)
         if not h5py.is_hdf5(path):
@@ -57,7 +59,9 @@ def open_container(path: Path) -> h5py.File:
                 expected="an episode recorded as HDF5",
                 hint=_COPY_AGAIN,
             )
-        return h5py.File(path, "r")
+        opened = h5py.File(path, "r")
+        require_sound_heap(opened, path)
+        return opened
     except BlockingIOError as error:
         raise EpisodeError(
             f"{path} is locked by a program that is writing it",
@@ -72,7 +76,9 @@ def open_container(path: Path) -> h5py.File:
             expected="a readable file",
             hint=f"give yourself access: chmod u+r {path}",
         ) from error
-    except (OSError, RuntimeError) as error:
+    except JetvlaError:
+        raise
+    except Exception as error:  # h5py has no base of its own for what it raises on damage
         raise EpisodeError(
             f"{path} is truncated or damaged and cannot be opened",
             got=f"{_one_line(error)} ({path.stat().st_size} bytes)",
@@ -85,11 +91,13 @@ def open_container(path: Path) -> h5py.File:
 def reading(path: Path, what: str) -> Iterator[None]:
     """Turn whatever h5py raises on a damaged file inside the block into an EpisodeError that names `path` and `what`.
 
-    h5py maps HDF5 errors to many built-in exceptions; only calls into h5py belong inside the block.
+    h5py and pyarrow map errors to many built-in exceptions; only calls into them belong inside the block.
     """
     try:
         yield
-    except (OSError, RuntimeError, LookupError, ValueError, TypeError, MemoryError) as error:
+    except JetvlaError:
+        raise
+    except Exception as error:
         raise EpisodeError(
             f"{path} is damaged: {what} cannot be read",
             got=_one_line(error),
@@ -101,20 +109,78 @@ def reading(path: Path, what: str) -> Iterator[None]:
 def list_datasets(file: h5py.File) -> str:
     """All datasets of `file` with shape and dtype on one line, for error messages."""
     found: list[str] = []
+    seen = 0
 
-    def note(name: str, item: object) -> None:
+    def note(name: str, item: object) -> bool | None:
+        nonlocal seen
+        seen += 1
         if isinstance(item, h5py.Dataset):
-            found.append(f"{name} {item.dtype}{item.shape}")
+            # Asking a virtual dataset for its shape may open its sources.
+            found.append(f"{name} (virtual)" if item.is_virtual else f"{name} {item.dtype}{item.shape}")
+        return True if seen >= _MOST_LISTED else None
 
-    file.visititems(note)
+    try:
+        file.visititems(note)
+    except Exception as error:  # a message about something else goes on without it
+        return f"datasets that cannot be listed ({_one_line(error)})"
     more = f", and {len(found) - _LISTED_DATASETS} more" if len(found) > _LISTED_DATASETS else ""
     return ", ".join(found[:_LISTED_DATASETS]) + more if found else "no datasets at all"
 
 
+def has_link(file: h5py.File, name: str) -> bool:
+    """Whether there is something called `name` at the root, wherever it leads; nothing is opened, unlike by `in`."""
+    return bool(file.id.links.exists(name.encode()))
+
+
+def find_dataset(file: h5py.File, name: str, path: Path, *, depth: int = 0) -> h5py.Dataset | None:
+    """The dataset `name`, or None where there is nothing of that name; its storage has been looked at.
+
+    Raises:
+        EpisodeError: a link leads out of the episode's folder, or in a circle; or see `storage.open_dataset`.
+    """
+    group: h5py.Group = file
+    rest = [part for part in name.split("/") if part]
+    followed = depth
+    while rest:
+        part = rest.pop(0)
+        if not group.id.links.exists(part.encode()):
+            return None
+        kind = group.id.links.get_info(part.encode()).type
+        if kind == h5l.TYPE_HARD:
+            found = group.get(part, getclass=True)
+            if not rest:
+                return open_dataset(group, part, path) if found is h5py.Dataset else None
+            if found is not h5py.Group:
+                return None
+            group = group[part]
+            continue
+        followed += 1
+        if followed > EPISODE_LINKS:
+            raise EpisodeError(
+                f"{path}: {name} is behind more links than anybody sets",
+                got=f"{followed} links",
+                expected=f"at most {EPISODE_LINKS}",
+                hint="the links lead in a circle: leave the episode out.",
+            )
+        value = group.id.links.get_val(part.encode())
+        if kind == h5l.TYPE_SOFT:
+            target = os.fsdecode(value)
+            group = file if target.startswith("/") else group
+            rest = [step for step in target.split("/") if step not in ("", ".")] + rest
+        elif kind == h5l.TYPE_EXTERNAL:
+            there, inner = (os.fsdecode(text) for text in value)
+            place = inside(path.parent, there, path, f"the file that {name} is linked to")
+            other = open_container(place)
+            return find_dataset(other, "/".join([inner, *rest]), place, depth=followed)
+        else:
+            return None
+    return None
+
+
 def require_dataset(file: h5py.File, name: str, path: Path) -> h5py.Dataset:
     """The dataset `name`, or an EpisodeError that lists the datasets that are there."""
-    dataset = file.get(name)
-    if not isinstance(dataset, h5py.Dataset):
+    dataset = find_dataset(file, name, path)
+    if dataset is None:
         raise EpisodeError(
             f"{path} has no dataset {name!r}",
             got=list_datasets(file),
@@ -141,7 +207,7 @@ def read_texts(dataset: h5py.Dataset, path: Path) -> tuple[str, ...]:
     if dataset.shape is None:
         return ()
     with reading(path, str(name)):
-        values: list[bytes | str] = np.atleast_1d(dataset[()]).ravel().tolist()
+        values: list[bytes | str] = np.atleast_1d(read_values(dataset, path)).ravel().tolist()
     texts: list[str] = []
     for value in values:
         try:
@@ -153,28 +219,16 @@ def read_texts(dataset: h5py.Dataset, path: Path) -> tuple[str, ...]:
                 expected="UTF-8",
                 hint=f"rewrite {name} in UTF-8.",
             ) from error
+        if len(text) > EPISODE_TEXT:
+            raise EpisodeError(
+                f"{path}: {name} holds a text of an absurd length",
+                got=f"{len(text)} characters, {text[:40]!r}...",
+                expected=f"at most {EPISODE_TEXT}",
+                hint=f"rewrite {name}, or leave the episode out.",
+            )
         # Fixed-length strings are C strings in a larger buffer: after the first NUL comes padding or left-over memory.
         texts.append(text.split("\0", 1)[0])
     return tuple(texts)
-
-
-def missing_chunks(dataset: h5py.Dataset, row: int | None = None) -> int:
-    """How many storage chunks of `dataset` (or only of those that hold `row`) were never written.
-
-    Looks at the index only. HDF5 would read such chunks as zeros. Contiguous storage counts as one chunk.
-    """
-    if dataset.size == 0:
-        return 0
-    if dataset.chunks is None:
-        return int(dataset.id.get_storage_size() == 0)
-    if row is None:
-        sizes = zip(dataset.shape, dataset.chunks, strict=True)
-        expected: int = math.prod(math.ceil(size / chunk) for size, chunk in sizes)
-        return expected - int(dataset.id.get_num_chunks())
-    first = row // dataset.chunks[0] * dataset.chunks[0]
-    rest = (range(0, size, chunk) for size, chunk in zip(dataset.shape[1:], dataset.chunks[1:], strict=True))
-    corners = itertools.product((first,), *rest)
-    return sum(dataset.id.get_chunk_info_by_coord(corner).byte_offset is None for corner in corners)
 
 
 def _one_line(error: BaseException) -> str:

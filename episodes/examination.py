@@ -29,8 +29,8 @@ from episodes.actions import (
     read_actions,
     read_event_types,
 )
-from episodes.attributes import frame_rate, read_attributes
-from episodes.container import open_container, reading
+from episodes.attributes import frame_rate, read_attributes, time_problems
+from episodes.container import open_container, reading, require_dataset
 from episodes.findings import AxisRange, Examination, Problem, Severity
 from episodes.frame_scan import FrameScan, scan_frames
 from episodes.frames import open_frames
@@ -41,13 +41,18 @@ from episodes.instruction import (
     sides_in_name,
     sides_in_text,
 )
-from episodes.layout import Schema, detect_schema, session_log_signs
+from episodes.layout import ACTIONS, Schema, detect_schema, session_log_signs
 from episodes.lerobot import split_name
 from episodes.reader import open_episode
+from episodes.unwritten import require_recorded_actions
 
 T = TypeVar("T")
 
 _LISTED = 8
+_TIMES_HINT = (
+    "the rate is taken from `fps` or `total_duration` where they are stored, not from these; store seconds, or the attribute "
+    "`units`."
+)
 _FROZEN_ERROR_SHARE = 0.5  # of the moves; with more, the pictures do not show what the actions did
 _CLEAR_SHARE = 2 / 3  # of the sideways frames, for a drive to one side
 
@@ -109,10 +114,27 @@ def _examine_open(file: h5py.File, path: Path, problems: list[Problem]) -> Exami
         )
     count = len(frames)
     attributes = _attempt(problems, "attributes", path, lambda: read_attributes(file))
-    fps = _attempt(problems, "attributes", path, lambda: frame_rate(file, attributes or {}, count))
+    fps = _attempt(problems, "attributes", path, lambda: frame_rate(file, attributes or {}, count, path))
+    times = _attempt(problems, "times", path, lambda: time_problems(file, attributes or {}, count, path))
     actions = _attempt(problems, "actions", path, lambda: read_actions(file, path, count))
-    _attempt(problems, "event_types", path, lambda: read_event_types(file, path, count))
-    _attempt(problems, "action_classes", path, lambda: read_action_classes(file, path, count))
+    events = _attempt(problems, "event_types", path, lambda: read_event_types(file, path, count))
+    classes = _attempt(problems, "action_classes", path, lambda: read_action_classes(file, path, count))
+    if actions is not None:
+        recorded: npt.NDArray[np.float32] = actions
+        _attempt(
+            problems,
+            "actions",
+            path,
+            lambda: require_recorded_actions(
+                require_dataset(file, ACTIONS, path),
+                recorded,
+                frames.read,
+                path,
+                event_types=events,
+                action_classes=classes,
+            ),
+        )
+    problems += [Problem("times", "warning", text, _TIMES_HINT) for text in times or ()]
     facts = Examination(str(path), size, known, frames.encoding, count, None, None, fps, instruction, source)
     names = () if actions is None else ACTION_NAMES[: actions.shape[1]]
     return _judge(facts, scan_frames(frames.read, count), actions, names, problems)

@@ -20,6 +20,7 @@ BANDS = 8
 _BLACK = 16  # of 255; no pixel of a frame that shows something stays below it
 _WHITE = 250  # of 255; from there on a pixel shows nothing
 _WHITE_SHARE, _OVEREXPOSED_SHARE = 0.9, 0.5  # of the pixels; 12-bit values cut to 8 bits leave a sixteenth
+_GIVES_UP = 100  # frames in a row
 _STRIDE = 4  # every fourth pixel is enough for a mean
 
 
@@ -69,13 +70,19 @@ def scan_frames(read: Callable[[int], npt.NDArray[np.uint8]], count: int) -> Fra
     overexposed: list[int] = []
     profiles: list[npt.NDArray[np.float64]] = []
     before: npt.NDArray[np.uint8] | None = None
+    unreadable = 0  # in a row
     for index in range(count):
+        if unreadable >= _GIVES_UP:
+            corrupt.append(CorruptFrame(index, f"not looked at: the {_GIVES_UP} frames before it cannot be read"))
+            continue
         try:
             frame = read(index)
         except EpisodeError as error:
             corrupt.append(CorruptFrame(index, str(error.got)))
             before = None
+            unreadable += 1
             continue
+        unreadable = 0
         height, width = frame.shape[:2]
         sizes[height, width] = sizes.get((height, width), 0) + 1
         if before is not None and np.array_equal(frame, before):

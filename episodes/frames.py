@@ -7,7 +7,8 @@ them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -16,9 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from bundle.errors import EpisodeError, PictureError
-from episodes.container import missing_chunks, reading, require_dataset
+from bundle.reading_limits import EPISODE_FRAMES, FREE_PIXEL_BYTES, PICTURE_PIXELS, PIXEL_BYTES_A_BYTE
+from episodes.container import reading, require_dataset
 from episodes.layout import IMAGES, Schema
 from episodes.pictures import decode_picture
+from episodes.pixel_budget import PixelBudget
+from episodes.storage import Chunks, chunk_problem, missing_chunks, written_chunks
+from episodes.unwritten import lost_sectors
 
 Encoding = Literal["raw rgb", "raw bgr", "jpeg"]
 
@@ -30,6 +35,8 @@ class FrameSource:
     path: Path
     dataset: h5py.Dataset
     encoding: Encoding
+    chunks: Chunks | None = field(default=None, repr=False)  # None where the storage is one piece
+    budget: PixelBudget = field(default_factory=lambda: PixelBudget(0), repr=False)
 
     def __len__(self) -> int:
         return int(self.dataset.shape[0])
@@ -54,27 +61,34 @@ class FrameSource:
         return self._stored(index).tobytes() if self.encoding == "jpeg" else None
 
     def _stored(self, index: int) -> npt.NDArray[np.uint8]:
+        reason: str | None
         try:
-            never_written = missing_chunks(self.dataset, index)
-            stored: npt.NDArray[np.uint8] = np.asarray(self.dataset[index])
-        except (
-            OSError,
-            RuntimeError,
-            ValueError,
-            MemoryError,
-        ) as error:  # a flipped bit in gzip data fails its checksum
-            raise self._corrupt(index, str(error)) from error
-        if never_written:
-            raise self._corrupt(index, "its storage was never written")
+            if self.chunks is None:
+                reason = "its storage was never written" if missing_chunks(self.dataset) else None
+            else:
+                corners = self.chunks.of_row(index, self.dataset)
+                reasons = (chunk_problem(self.dataset, self.chunks, corner) for corner in corners)
+                reason = next(filter(None, reasons), None)
+            if reason is None:
+                stored: npt.NDArray[np.uint8] = np.asarray(self.dataset[index])
+                reason = lost_sectors(self.dataset, index, stored)
+        except Exception as error:  # whatever h5py makes of a flipped bit, for example a checksum of gzip that fails
+            raise self._corrupt(index, " ".join(str(error).split())) from error
+        if reason is not None:
+            raise self._corrupt(index, reason)
         return stored
 
     def _decode_jpeg(self, index: int, stored: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         if stored.size == 0:
             raise self._corrupt(index, "0 bytes of JPEG")
         try:
-            return decode_picture(stored.tobytes(), png=False)
+            picture = decode_picture(stored.tobytes(), png=False)
         except PictureError as error:
             raise self._corrupt(index, f"{stored.size} bytes that are no JPEG image ({error.got})") from error
+
+        if reason := self.budget.exceeded(index, picture.nbytes):
+            raise self._corrupt(index, reason)
+        return picture
 
     def _corrupt(self, index: int, got: str) -> EpisodeError:
         return EpisodeError(
@@ -119,7 +133,38 @@ def open_frames(file: h5py.File, schema: Schema, path: Path, name: str | None = 
             expected="at least one frame",
             hint="the recording was stopped before the first image; delete the file.",
         )
-    return FrameSource(path, dataset, encoding)
+    _require_bounds(dataset, shape, encoding, path)
+    if missing_chunks(dataset) and not dataset.id.get_storage_size():
+        raise EpisodeError(
+            f"{path}: {name} was never written to disk",
+            got=f"{shape[0]} frames declared, no storage",
+            expected="the recorded images; HDF5 would read them as black",
+            hint="the disk was full, or the recorder was killed, when this episode was recorded: leave it out.",
+        )
+    return FrameSource(path, dataset, encoding, written_chunks(dataset), PixelBudget(path.stat().st_size))
+
+
+def _require_bounds(dataset: h5py.Dataset, shape: tuple[int, ...], encoding: Encoding, path: Path) -> None:
+    """Refuse what no recorder writes, before anything of it is in memory.
+
+    Raises:
+        EpisodeError: too many frames or pixels, or far more pixels than the bytes that are stored can hold.
+    """
+    pixels = math.prod(shape[1:3]) if encoding != "jpeg" else 0
+    frames = shape[0] * pixels * 3
+    if shape[0] > EPISODE_FRAMES or pixels > PICTURE_PIXELS:
+        got, expected = f"{dataset.dtype} {shape}", f"at most {EPISODE_FRAMES} frames of {PICTURE_PIXELS} pixels"
+    elif not dataset.is_virtual and frames > FREE_PIXEL_BYTES + PIXEL_BYTES_A_BYTE * dataset.id.get_storage_size():
+        got = f"{frames} bytes of pixels from {dataset.id.get_storage_size()} bytes in the file"
+        expected = f"at most {PIXEL_BYTES_A_BYTE} times as many"
+    else:
+        return
+    raise EpisodeError(
+        f"{path}: {dataset.name} is of an absurd size",
+        got=got,
+        expected=expected,
+        hint="leave the episode out; no recorder writes such a file.",
+    )
 
 
 def _require_jpeg(dataset: h5py.Dataset, path: Path) -> None:

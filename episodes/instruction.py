@@ -15,7 +15,8 @@ from typing import Literal
 import h5py
 
 from bundle.errors import EpisodeError
-from episodes.container import read_texts, require_dataset
+from episodes.attributes import attribute_texts, read_attribute
+from episodes.container import has_link, read_texts, require_dataset
 from episodes.layout import INSTRUCTION, Schema
 
 Side = Literal["left", "right"]
@@ -53,14 +54,17 @@ def sides_in_text(text: str) -> frozenset[Side]:
 
 
 def read_stored_instruction(file: h5py.File, path: Path) -> str | None:
-    """The stored text, or None where there is none or it is blank.
+    """The text in the dataset or in the attribute of that name, or None where there is none or it is blank.
 
     Raises:
-        EpisodeError: the dataset does not hold text, or holds several different texts.
+        EpisodeError: it is no text, or there are several different texts.
     """
-    if INSTRUCTION not in file:
-        return None
-    texts = {text for text in read_texts(require_dataset(file, INSTRUCTION, path), path) if text.strip()}
+    found: tuple[str, ...] = ()
+    if has_link(file, INSTRUCTION):
+        found += read_texts(require_dataset(file, INSTRUCTION, path), path)
+    if INSTRUCTION in file.attrs:
+        found += attribute_texts(read_attribute(file, INSTRUCTION), f"{path}: attribute {INSTRUCTION!r}")
+    texts = {text.strip(" ") for text in found if text.strip()}
     if len(texts) > 1:
         raise EpisodeError(
             f"{path} holds {len(texts)} different instructions",

@@ -21,7 +21,7 @@ from typing import Literal, get_args
 import h5py
 
 from bundle.errors import EpisodeError
-from episodes.container import list_datasets
+from episodes.container import find_dataset, has_link, list_datasets
 
 Schema = Literal["v1", "v5", "v6"]
 SCHEMAS: tuple[Schema, ...] = get_args(Schema)
@@ -43,10 +43,10 @@ def detect_schema(file: h5py.File, path: Path) -> Schema:
         EpisodeError: the file is a session log, or has none of the known layouts.
     """
     _refuse_session_log(file, path)
-    if isinstance(file.get(IMAGES["v5"]), h5py.Dataset):
+    if find_dataset(file, IMAGES["v5"], path) is not None:
         return "v5"
-    if isinstance(file.get(IMAGES["v1"]), h5py.Dataset):
-        has_v6_sign = ACTION_CLASSES in file or any(name in file.attrs for name in V6_ATTRIBUTES)
+    if find_dataset(file, IMAGES["v1"], path) is not None:
+        has_v6_sign = has_link(file, ACTION_CLASSES) or any(name in file.attrs for name in V6_ATTRIBUTES)
         return "v6" if has_v6_sign else "v1"
     raise EpisodeError(
         f"{path} has none of the known episode layouts",
@@ -59,7 +59,7 @@ def detect_schema(file: h5py.File, path: Path) -> Schema:
 def session_log_signs(file: h5py.File) -> list[str]:
     """What tells that an open file was recorded while a policy drove; empty for a demonstration."""
     signs = ["attribute 'runtime_config'"] if "runtime_config" in file.attrs else []
-    if "grounding" in file:
+    if has_link(file, "grounding"):
         signs.append("group 'grounding'")
     return signs
 

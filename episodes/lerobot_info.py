@@ -6,13 +6,14 @@ Needs no pyarrow. Knows nothing about tables and videos.
 
 from __future__ import annotations
 
-import json
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from bundle.errors import EpisodeError
+from bundle.reading_limits import is_there, read_json
 
 INFO = "meta/info.json"
 TASKS = "meta/tasks.parquet"
@@ -20,9 +21,6 @@ ACTION = "action"
 COPY_AGAIN = "copy the whole dataset again; if it is like this at its source too, export it again or leave it out."
 _FPS = (0.1, 240.0)
 _MOST_EPISODES = 1_000_000
-_CONVERT = (
-    "convert it with lerobot's own script: python -m lerobot.datasets.v30.convert_dataset_v21_to_v30 --repo-id=..."
-)
 _HAND = re.compile(r"(?i)hand|wrist|gripper")
 # Other names under which robots record the three velocities, in the same units; all else keeps its name.
 _AXES = {
@@ -147,19 +145,17 @@ def read_info(folder: Path) -> Info:
 
 def _load(folder: Path) -> dict[str, object]:
     path = folder / INFO
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
+    if not is_there(path):
         raise EpisodeError(
             f"{folder} is not a LeRobot dataset",
             got=f"no {INFO}",
             expected="the folder of a LeRobot v3 dataset",
             hint="pass the folder that holds meta, data and maybe videos.",
-        ) from error
-    except OSError as error:
-        raise _damaged(folder, error.strerror or error, "a file that can be read") from error
-    except (ValueError, RecursionError) as error:
-        raise _damaged(folder, f"{type(error).__name__}: {error}", "JSON") from error
+        )
+    try:
+        content = read_json(path, error=EpisodeError)
+    except EpisodeError as error:
+        raise _damaged(folder, f"{error.what.removeprefix(str(path))} ({error.got})".strip(), "JSON") from error
     if not isinstance(content, dict):
         raise _damaged(folder, type(content).__name__, "a JSON object")
     return content
@@ -173,7 +169,9 @@ def _check_version(folder: Path, version: object) -> None:
         f"{folder} is a LeRobot dataset of another version",
         got=version,
         expected="v3.0",
-        hint=_CONVERT if older else "this version of jetvla reads v3 only; export it with a lerobot that writes v3.",
+        hint=_converting(folder)
+        if older
+        else "this version of jetvla reads v3 only; export it with a lerobot that writes v3.",
     )
 
 
@@ -205,3 +203,13 @@ def _is_depth(feature: Mapping[str, object]) -> bool:
 
 def _damaged(folder: Path, got: object, expected: str) -> EpisodeError:
     return EpisodeError(f"{folder / INFO} is damaged", got=got, expected=expected, hint=COPY_AGAIN)
+
+
+def _converting(folder: Path) -> str:
+    """LeRobot's own command for a folder on this disk; without the last option it would rewrite a dataset of that name on the Hub."""
+    place = folder.absolute()
+    return (
+        "convert it with lerobot's own script, which replaces the folder and keeps the old one beside it: python -m "
+        "lerobot.datasets.v30.convert_dataset_v21_to_v30 "
+        f"--root {shlex.quote(str(place.parent))} --repo-id {shlex.quote(place.name)} --push-to-hub false"
+    )

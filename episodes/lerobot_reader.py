@@ -17,14 +17,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
 from bundle.errors import EpisodeError
+from bundle.reading_limits import EPISODE_FRAMES, EPISODE_TEXT
 from episodes.container import reading
 from episodes.lerobot_info import ACTION, COPY_AGAIN, TASKS, Camera, Info, read_info
-from episodes.lerobot_tables import TableFrames, read_columns
+from episodes.lerobot_tables import TableFrames, open_table, read_columns
 from episodes.reader import Episode
 
+_FRAME_TOLERANCE = 0.5  # of the frames that from_timestamp and to_timestamp enclose
 _SMALL = ("episode_index", "frame_index", "task_index", ACTION)
 
 
@@ -209,9 +211,10 @@ def open_dataset(folder: Path, camera: str | None) -> LeRobotDataset:
 def _read_entries(info: Info, camera: Camera) -> tuple[_Entry, ...]:
     """The episodes in order, from all tables in meta/episodes."""
     wanted = ["episode_index", "length", "data/chunk_index", "data/file_index"]
-    keys = [f"videos/{camera.name}/{key}" for key in ("chunk_index", "file_index", "from_timestamp")]
+    keys = [f"videos/{camera.name}/{key}" for key in ("chunk_index", "file_index", "from_timestamp", "to_timestamp")]
     wanted += keys if camera.is_video else []
     rows: dict[int, _Entry] = {}
+    disagreeing: list[tuple[int, float, int]] = []
     folder = info.folder / "meta" / "episodes"
     paths = sorted(folder.glob("*/*.parquet"))
     for path in paths:
@@ -221,12 +224,27 @@ def _read_entries(info: Info, camera: Camera) -> tuple[_Entry, ...]:
                 number, length = int(row["episode_index"]), int(row["length"])
                 video = info.video_file(camera.name, *(int(row[key]) for key in keys[:2])) if camera.is_video else None
                 data = info.data_file(int(row["data/chunk_index"]), int(row["data/file_index"]))
-                rows[number] = _Entry(length, data, video, float(row[keys[2]]) if camera.is_video else 0.0)
+                start = float(row[keys[2]]) if camera.is_video else 0.0
+                seconds = float(row[keys[3]]) - start if camera.is_video else length / info.fps
+                rows[number] = _Entry(length, data, video, start)
+                if length > EPISODE_FRAMES:
+                    raise ValueError(f"episode {number} of {length} frames, more than {EPISODE_FRAMES}")
+                if not abs(seconds * info.fps - length) < _FRAME_TOLERANCE:
+                    disagreeing.append((number, seconds, length))
     if sorted(rows) != list(range(info.episodes)) or any(entry.length < 1 for entry in rows.values()):
         raise EpisodeError(
             f"{folder} does not tell of all episodes",
             got=f"{len(rows)} episodes in {len(paths)} tables",
             expected=f"episodes 0 to {info.episodes - 1}, each with frames",
+            hint=COPY_AGAIN,
+        )
+    if disagreeing:
+        number, seconds, length = disagreeing[0]
+        raise EpisodeError(
+            f"{folder} gives episodes another length in the video than in the table",
+            got=f"episode {number}: {seconds:.4f} s of video, {length} frames at {info.fps:g} per second"
+            + (f", and {len(disagreeing) - 1} more" if len(disagreeing) > 1 else ""),
+            expected=f"{length / info.fps:.4f} s: else every frame would be another one's",
             hint=COPY_AGAIN,
         )
     return tuple(rows[number] for number in range(info.episodes))
@@ -235,15 +253,36 @@ def _read_entries(info: Info, camera: Camera) -> tuple[_Entry, ...]:
 def _read_tasks(folder: Path) -> dict[int, str]:
     """Instruction by number. The texts were the index of a pandas table, so the name of their column is not fixed."""
     path = folder / TASKS
-    with reading(path, "its texts"), pq.ParquetFile(path) as file:
-        table = file.read(use_threads=False)
-        texts = [name for name in table.column_names if name != "task_index"]
-        if "task_index" in table.column_names and len(texts) == 1:
-            pairs = zip(table.column("task_index").to_pylist(), table.column(texts[0]).to_pylist(), strict=True)
-            return {int(number): str(text) for number, text in pairs}
+    with open_table(path) as file, reading(path, "its texts"):
+        names = file.schema_arrow.names
+    texts = [name for name in names if name != "task_index"]
+    if "task_index" in names and len(texts) == 1:
+        # A text that many rows name is read once.
+        with open_table(path, read_dictionary=texts) as file, reading(path, "its texts"):
+            table = file.read(use_threads=False)
+            known: dict[int, str] = {}
+            for numbers, coded in zip(*(table.column(name).chunks for name in ("task_index", texts[0])), strict=True):
+                _require_short(coded.dictionary, path)
+                words = [str(text) for text in coded.dictionary.to_pylist()]
+                known |= {
+                    int(number): words[place]
+                    for number, place in zip(numbers.to_pylist(), coded.indices.to_pylist(), strict=True)
+                }
+            return known
     raise EpisodeError(
         f"{path} does not hold tasks",
-        got=", ".join(table.column_names),
+        got=", ".join(names),
         expected="task_index and one column of texts",
         hint=COPY_AGAIN,
     )
+
+
+def _require_short(texts: pa.Array, path: Path) -> None:
+    longest = pc.max(pc.binary_length(texts)).as_py() or 0
+    if longest > EPISODE_TEXT:
+        raise EpisodeError(
+            f"{path} holds a text of an absurd length",
+            got=f"{longest} bytes",
+            expected=f"at most {EPISODE_TEXT}",
+            hint="leave the dataset out, or shorten its tasks.",
+        )

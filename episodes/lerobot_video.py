@@ -21,11 +21,17 @@ import numpy as np
 import numpy.typing as npt
 
 from bundle.errors import EpisodeError
+from bundle.reading_limits import FREE_VIDEO_BYTES, PICTURE_PIXELS, VIDEO_BYTES_A_BYTE, check_regular_file
+from episodes.pixel_budget import PixelBudget
 
 PIXEL_FORMAT = "yuv420p"
 KEY_FRAME_EVERY = 2
+_FORMATS = (("mp4", 4, b"ftyp"), ("matroska", 0, b"\x1a\x45\xdf\xa3"))
 _CODECS = {"libx264": {"crf": "18", "preset": "medium"}, "mpeg4": {"qmin": "2", "qmax": "4"}}
 _AHEAD_SECONDS = 2.0  # decoding this far is no slower than a seek
+TOLERANCE_SECONDS = 1e-4  # between the table's time and the video's; what LeRobot itself allows
+_ROUNDING = 1.01  # times are float64 made of float32
+_RATE_TOLERANCE = 0.01
 
 
 @dataclass
@@ -46,6 +52,7 @@ class VideoFrames:
     _container: Any = field(default=None, repr=False)
     _decoded: Iterator[Any] = field(default_factory=lambda: iter(()), repr=False)
     _time: float | None = field(default=None, repr=False)  # of the last decoded frame
+    _budget: PixelBudget = field(default_factory=lambda: PixelBudget(0), repr=False)
     _closed: bool = field(default=False, repr=False)
 
     def __bool__(self) -> bool:
@@ -60,6 +67,14 @@ class VideoFrames:
         wanted, half = self.start + index / self.fps, 0.5 / self.fps
         try:
             frame = self._find(wanted, half)
+            if frame is not None and abs(off := float(frame.time) - wanted) > TOLERANCE_SECONDS * _ROUNDING:
+                raise ValueError(
+                    f"the nearest frame is {off:+.4f} s off {wanted:.4f} s, more than {TOLERANCE_SECONDS:g} s"
+                )
+            if frame is not None:
+                _require_pixels(frame)
+                if reason := self._budget.exceeded(index, 3 * frame.width * frame.height):
+                    raise ValueError(reason)
             image = None if frame is None else frame.to_ndarray(format="rgb24")
         except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
             self._release()
@@ -80,12 +95,13 @@ class VideoFrames:
     def _find(self, wanted: float, half: float) -> Any:
         """The frame within `half` seconds of `wanted`, or None."""
         if self._container is None:
-            self._container = av.open(str(self.path))
+            self._container = self._opened()
         elif self._time is not None and self._time <= wanted - half <= self._time + _AHEAD_SECONDS:
             return self._decode_to(wanted, half)[0]
         if not self._container.streams.video:
             raise ValueError("no video stream")
         stream = self._container.streams.video[0]
+        self._require_clock(stream)
         for back in (0.0, _AHEAD_SECONDS, wanted):
             self._container.seek(max(0, int((wanted - half - back) / stream.time_base)), stream=stream)
             self._decoded = self._container.decode(stream)
@@ -93,6 +109,33 @@ class VideoFrames:
             if frame is not None or not overshot:
                 return frame
         return None
+
+    def _opened(self) -> Any:
+        """The video, by the format that its first bytes show: what FFmpeg guesses may be a list of other files to be read."""
+        try:
+            size = check_regular_file(self.path, error=EpisodeError).st_size
+        except EpisodeError as error:
+            raise ValueError(error.what) from None
+        with self.path.open("rb") as file:
+            head = file.read(12)
+        kinds = [kind for kind, start, mark in _FORMATS if head[start:].startswith(mark)]
+        if not kinds:
+            raise ValueError(f"neither MP4 nor Matroska: it begins with {head!r}")
+        self._budget = PixelBudget(size, FREE_VIDEO_BYTES, VIDEO_BYTES_A_BYTE)
+        container: Any = av.open(str(self.path), format=kinds[0], options={"protocol_whitelist": "file"})
+        for stream in container.streams.video:
+            _require_pixels(stream.codec_context)
+            stream.codec_context.options = {"max_pixels": str(PICTURE_PIXELS)}
+        return container
+
+    def _require_clock(self, stream: Any) -> None:
+        """Refuse a video whose rate or beginning is not the dataset's: its frames would be taken for others."""
+        rate = stream.average_rate
+        if rate and not abs(float(rate) / self.fps - 1) <= _RATE_TOLERANCE:
+            raise ValueError(f"{float(rate):.3f} frames per second in the video, {self.fps:g} in the dataset")
+        begins = 0.0 if stream.start_time is None else float(stream.start_time * stream.time_base)
+        if begins > TOLERANCE_SECONDS:
+            raise ValueError(f"the video begins at {begins:.4f} s, and the dataset counts from 0")
 
     def _decode_to(self, wanted: float, half: float) -> tuple[Any, bool]:
         """The frame, or None and whether the very first one was too late: a seek goes by decoding time, which precedes showing."""
@@ -184,6 +227,11 @@ class VideoWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _require_pixels(picture: Any) -> None:
+    if picture.width * picture.height > PICTURE_PIXELS:
+        raise ValueError(f"{picture.width} x {picture.height} pixels, more than {PICTURE_PIXELS}")
 
 
 def _has(codec: str) -> bool:

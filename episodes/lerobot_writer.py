@@ -39,7 +39,7 @@ from episodes.lerobot_layout import (
     rows_table,
     tasks_table,
 )
-from episodes.lerobot_stats import Stats, merge, stats_of, stats_of_frame
+from episodes.lerobot_stats import FrameStats, Stats, merge, stats_of
 from episodes.reader import Episode, EpisodeWarning, open_episode
 from episodes.writer_v5 import encode_jpeg
 
@@ -162,14 +162,14 @@ def _write_episode(
     }
     place: dict[str, Any] = {}
     images: list[bytes] = []
-    of_frames: list[Stats] = []
+    of_frames = FrameStats()
     for index in range(length):
         frame = episode.frame(index)
         progress.size = progress.size or frame.shape[:2]
         if frame.shape[:2] != progress.size:
             got, expected = (f"{height}x{width}" for height, width in (frame.shape[:2], progress.size))
             raise _differ(episode.path, "frame size", f"frame {index}: {got}", expected)
-        of_frames.append(stats_of_frame(frame))
+        of_frames.add(frame)
         if not video:
             images.append(episode.jpeg(index) or encode_jpeg(frame, _JPEG_QUALITY))
             continue
@@ -180,7 +180,7 @@ def _write_episode(
     if video:
         place[f"videos/{CAMERA}/to_timestamp"] = place[f"videos/{CAMERA}/from_timestamp"] + length / plan.fps
     place |= _write_rows(staging, rows_table(columns, images), progress, files)
-    stats = {CAMERA: merge(of_frames)} | {name: stats_of(values) for name, values in columns.items()}
+    stats = {CAMERA: of_frames.stats()} | {name: stats_of(values) for name, values in columns.items()}
     progress.stats.append(stats)
     progress.rows.append(
         {"episode_index": number, "tasks": [plan.tasks[task]], "length": length}
@@ -198,7 +198,10 @@ def _write_rows(staging: Path, table: pa.Table, progress: _Progress, files: Exit
         if progress.data is not None:
             progress.data.close()
         path = _next_file(staging, progress, "data", DATA)
-        progress.data, progress.data_bytes = files.enter_context(pq.ParquetWriter(path, table.schema)), 0
+        progress.data, progress.data_bytes = (
+            files.enter_context(pq.ParquetWriter(path, table.schema, write_page_checksum=True)),
+            0,
+        )
     progress.data.write_table(table)
     progress.data_bytes += table.nbytes
     chunk, file = divmod(progress.files["data"], FILES_PER_CHUNK)
@@ -238,8 +241,8 @@ def _next_file(staging: Path, progress: _Progress, kind: str, template: str) -> 
 def _write_meta(staging: Path, plan: _Plan, progress: _Progress) -> None:
     meta = staging / EPISODES
     meta.parent.mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist(progress.rows), meta)
-    pq.write_table(tasks_table(plan.tasks), staging / TASKS)
+    pq.write_table(pa.Table.from_pylist(progress.rows), meta, write_page_checksum=True)
+    pq.write_table(tasks_table(plan.tasks), staging / TASKS, write_page_checksum=True)
     total = {name: merge([stats[name] for stats in progress.stats]).as_dict() for name in progress.stats[0]}
     (staging / "meta/stats.json").write_text(json.dumps(total, indent=4), encoding="utf-8")
     assert progress.size is not None

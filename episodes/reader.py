@@ -1,8 +1,9 @@
 """Opens a recorded episode of any known schema as one and the same thing: RGB frames, actions, an instruction.
 
-`open_episode` reads everything that is small (actions, texts, attributes), checks it, and leaves the images on disk;
-`frame(i)` reads one. So opening a thousand files is cheap, and whatever is wrong with a file but its images is known
-before training starts. Image damage shows when the frame is read, as an EpisodeError that names file and frame.
+`open_episode` reads everything that is small (actions, texts, attributes), checks it, and leaves the images on disk, but for a few where
+actions end in stops that may never have been written; `frame(i)` reads one. So opening a thousand files is cheap, and whatever is wrong
+with a file but its images is known before training starts. Image damage shows when the frame is read, as an EpisodeError that names
+file and frame.
 
     with open_episode("episode_20251106_120000_1box_hori_left_core_medium.h5") as episode:
         for frame, action in zip(episode.frames(), episode.actions): ...
@@ -27,12 +28,13 @@ import numpy.typing as npt
 from bundle.errors import EpisodeError
 from episodes.actions import ACTION_NAMES, read_action_classes, read_actions, read_event_types
 from episodes.attributes import frame_rate, read_attributes
-from episodes.container import open_container, reading
+from episodes.container import open_container, reading, require_dataset
 from episodes.frames import FrameSource, open_frames
 from episodes.instruction import EpisodeWarning, InstructionSource, read_stored_instruction, resolve_instruction
-from episodes.layout import HAND_IMAGES, SCHEMAS, Schema, detect_schema
+from episodes.layout import ACTIONS, HAND_IMAGES, SCHEMAS, Schema, detect_schema
 from episodes.lerobot import open_lerobot, split_name
 from episodes.recording import open_recording, split_recording
+from episodes.unwritten import require_recorded_actions
 
 __all__ = ["CAMERAS", "Episode", "EpisodeWarning", "InstructionSource", "Schema", "open_episode"]
 
@@ -200,9 +202,17 @@ def open_episode(path: str | Path, *, schema: Schema | None = None) -> Episode:
             actions = read_actions(file, path, len(frames))
             event_types = read_event_types(file, path, len(frames))
             action_classes = read_action_classes(file, path, len(frames))
+            require_recorded_actions(
+                require_dataset(file, ACTIONS, path),
+                actions,
+                frames.read,
+                path,
+                event_types=event_types,
+                action_classes=action_classes,
+            )
             stored = read_stored_instruction(file, path)
             attributes = read_attributes(file)
-            fps = frame_rate(file, attributes, len(frames))
+            fps = frame_rate(file, attributes, len(frames), path)
         instruction, source = resolve_instruction(stored, path, known, stacklevel=2)
     except BaseException:
         file.close()

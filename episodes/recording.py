@@ -24,6 +24,7 @@ import numpy.typing as npt
 from bundle.errors import EpisodeError, PictureError, RecordingError
 from episodes.instruction import EpisodeWarning
 from episodes.pictures import decode_picture
+from episodes.pixel_budget import PixelBudget
 from episodes.recording_events import RecordedRun, read_run
 from episodes.recording_messages import IMAGE, decode
 from episodes.recording_scan import COPY_AGAIN, ChunkPlace, MessagePlace, read_records
@@ -141,6 +142,7 @@ class RecordedFrames:
     chunks: tuple[ChunkPlace, ...]
     file: BinaryIO | None = field(repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _budget: PixelBudget = field(default_factory=lambda: PixelBudget(0), repr=False)
     _cached: tuple[int, bytes] = field(default=(-1, b""), repr=False)
 
     @classmethod
@@ -155,7 +157,8 @@ class RecordedFrames:
             file = run.path.open("rb", buffering=0)
         except OSError as error:
             raise RecordingError(f"cannot read {run.path}", got=error.strerror, hint=COPY_AGAIN) from None
-        return cls(f"{run.path}#{segment.index}", places, tuple(run.found.chunks), file)
+        budget = PixelBudget(run.found.size)
+        return cls(f"{run.path}#{segment.index}", places, tuple(run.found.chunks), file, _budget=budget)
 
     def __bool__(self) -> bool:
         return self.file is not None
@@ -174,9 +177,12 @@ class RecordedFrames:
         """
         stored = self.read_jpeg(index)
         try:
-            return decode_picture(stored, png=False)
+            picture = decode_picture(stored, png=False)
         except PictureError as error:
             raise self._corrupt(index, f"{len(stored)} bytes that are no JPEG image ({error.got})") from error
+        if reason := self._budget.exceeded(index, picture.nbytes):
+            raise self._corrupt(index, reason)
+        return picture
 
     def read_jpeg(self, index: int) -> bytes:
         """The stored bytes of picture `index`, unchecked.

@@ -5,7 +5,6 @@ Reads and checks everything but the pictures, of which it notes the place. Knows
 
 from __future__ import annotations
 
-import json
 import math
 from collections import deque
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bundle.errors import RecordingError
+from bundle.errors import InputFileError, RecordingError
+from bundle.reading_limits import parse_json
 from episodes.recording_messages import COMMAND, DECISION, IMAGE, NOTE, SAFETY, TOPIC_OF, TOPICS, decode, nanoseconds_of
 from episodes.recording_scan import COPY_AGAIN, METADATA_NAME, MessagePlace, Scan, scan
 
@@ -88,8 +88,8 @@ class RecordedRun:
     def settings(self) -> dict[str, Any]:
         """The run's settings; empty where they are no JSON object."""
         try:
-            settings = json.loads(self.metadata.get("settings", "{}"))
-        except ValueError:
+            settings = parse_json(self.metadata.get("settings", "{}"), origin="settings")
+        except InputFileError:
             return {}
         return settings if isinstance(settings, dict) else {}
 
@@ -147,8 +147,8 @@ def _metadata(found: Scan) -> dict[str, str]:
 
 def _names(path: Path, metadata: dict[str, str], key: str) -> tuple[str, ...]:
     try:
-        names = json.loads(metadata[key])
-    except (KeyError, ValueError) as error:
+        names = parse_json(metadata[key], origin=key)
+    except (KeyError, InputFileError) as error:
         raise _damaged(path, f"{key}: {error}") from None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise _damaged(path, f"{key}: {names}")

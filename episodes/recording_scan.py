@@ -18,6 +18,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 from bundle.errors import RecordingError
+from bundle.reading_limits import (
+    RECORDING_BYTES_A_BYTE,
+    RECORDING_BYTES_A_MESSAGE,
+    RECORDING_CHUNK_BYTES,
+    RECORDING_FREE_BYTES,
+    RECORDING_MESSAGES,
+    check_regular_file,
+)
 
 MAGIC = b"\x89MCAP0\r\n"
 METADATA_NAME = "jetvla"  # of what a flight recording says about its run
@@ -29,7 +37,7 @@ _RECORD = struct.Struct("<BQ")
 _MESSAGE = struct.Struct("<HIQQ")
 _CHUNK = struct.Struct("<QQQI")
 _FOOTER_BYTES = 9 + 20 + 8
-_LARGEST_CHUNK = 1 << 30
+_MOST_TEXTS = 10_000  # of one metadata record
 COPY_AGAIN = "copy it again from the robot; if it is like this there too, the disk has damaged it: leave it out."
 
 
@@ -89,6 +97,7 @@ class Scan:
         size: of the file.
         metadata: by name, and where each is (start, length).
         schemas: records as they are stored, by number.
+        unpacked: bytes of the records of all chunks.
     """
 
     path: Path
@@ -101,6 +110,7 @@ class Scan:
     channels: dict[int, Channel] = field(default_factory=dict)
     chunks: list[ChunkPlace] = field(default_factory=list)
     messages: list[MessagePlace] = field(default_factory=list)
+    unpacked: int = 0
 
 
 class _Damage(Exception):
@@ -126,6 +136,8 @@ def scan(path: Path, wanted: Collection[str] = ()) -> Scan:
         RecordingError: missing, unreadable, no MCAP file, or finished and damaged.
     """
     try:
+        if path.exists() and not path.is_dir():  # said below
+            check_regular_file(path, error=RecordingError, hint=COPY_AGAIN)
         with path.open("rb") as file:
             size = file.seek(0, 2)
             file.seek(0)
@@ -198,9 +210,10 @@ def _walk(file: BinaryIO, found: Scan, wanted: Collection[str]) -> None:
 def _take(file: BinaryIO, found: Scan, opcode: int, start: int, length: int, wanted: Collection[str]) -> None:
     if opcode not in (SCHEMA, CHANNEL, MESSAGE, CHUNK, MESSAGE_INDEX, METADATA):
         return
-    if length > _LARGEST_CHUNK:
+    if length > RECORDING_CHUNK_BYTES:
         raise _Damage(f"a record of {length} bytes")
     body = _read(file, start + _RECORD.size, length, found.size)
+    _require_few(found, found)
     if opcode == METADATA:
         name, position = _text(body, 0)
         found.metadata[name] = _texts(body, position)
@@ -230,8 +243,12 @@ def _take_chunk(found: Scan, body: bytes, start: int, wanted: Collection[str]) -
     compression, position = _text(body, _CHUNK.size)
     (compressed,) = struct.unpack_from("<Q", body, position)
     position += 8
-    if compressed != len(body) - position or uncompressed > _LARGEST_CHUNK:
+    if compressed != len(body) - position or uncompressed > RECORDING_CHUNK_BYTES:
         raise _Damage(f"a chunk of {compressed} bytes")
+    found.unpacked += uncompressed
+    most = RECORDING_FREE_BYTES + RECORDING_BYTES_A_BYTE * found.size
+    if found.unpacked > most:
+        raise _Damage(f"chunks that unpack to {found.unpacked} bytes, more than {most}")
     records = _decompress(body[position:], compression, uncompressed)
     if checksum and zlib.crc32(records) != checksum:
         raise _Damage("a chunk with a wrong checksum")
@@ -249,10 +266,18 @@ def _take_chunk(found: Scan, body: bytes, start: int, wanted: Collection[str]) -
         if opcode in (SCHEMA, CHANNEL, MESSAGE):
             data = records[inner + _RECORD.size : stop]
             _take_inner(part, opcode, data, len(found.chunks), inner + _RECORD.size, wanted, chunk)
+        _require_few(found, part)
         inner = stop
     found.schemas, found.channels = part.schemas, part.channels
     found.messages += part.messages
     found.chunks.append(chunk)
+
+
+def _require_few(found: Scan, part: Scan) -> None:
+    """Refuse messages that take more memory than the bytes that hold them: compressed, those without content take none."""
+    count = len(found.messages) + (len(part.messages) if part is not found else 0)
+    if count > RECORDING_MESSAGES + found.size // RECORDING_BYTES_A_MESSAGE:
+        raise _Damage(f"{count} messages in {found.size} bytes")
 
 
 def _take_inner(
@@ -301,16 +326,31 @@ def _codec(compression: str) -> Callable[[bytes, int], bytes] | None:
     """What the mcap library depends on; our own recordings are not compressed."""
     try:
         if compression == "zstd":
-            import zstandard
+            import zstandard  # noqa: F401
 
-            return lambda data, size: zstandard.decompress(data, size)
+            return _unpack_zstd
         if compression == "lz4":
             import lz4.frame  # type: ignore[import-untyped]
 
-            return lambda data, size: bytes(lz4.frame.decompress(data))
+            # Not further than to the first byte too much.
+            return lambda data, size: bytes(lz4.frame.LZ4FrameDecompressor().decompress(data, size + 1))
     except ImportError:
         pass
     return None
+
+
+def _unpack_zstd(data: bytes, size: int) -> bytes:
+    """What `data` says of its size is believed by the library, which takes that much memory."""
+    import zstandard
+
+    said = zstandard.frame_content_size(data)
+    if said not in (-1, size):
+        raise ValueError(f"{said} bytes in a chunk of {size}")
+    reader = zstandard.ZstdDecompressor(max_window_size=RECORDING_CHUNK_BYTES).stream_reader(
+        data, read_across_frames=True
+    )
+    unpacked: bytes = reader.read(size + 1)
+    return unpacked
 
 
 def _read(file: BinaryIO, position: int, count: int, size: int) -> bytes:
@@ -336,8 +376,10 @@ def _texts(body: bytes, position: int) -> dict[str, str]:
     position, stop = position + 4, position + 4 + length
     if stop > len(body):
         raise _Damage(f"texts of {length} bytes")
-    texts = {}
+    texts: dict[str, str] = {}
     while position < stop:
+        if len(texts) >= _MOST_TEXTS:
+            raise _Damage(f"more than {_MOST_TEXTS} texts in one record")
         key, position = _text(body, position)
         texts[key], position = _text(body, position)
     return texts

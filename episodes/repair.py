@@ -180,7 +180,7 @@ def _frames(episode: Episode, length: int, *, copied: bool, swap: bool) -> Itera
 def _timestamps(path: Path, frames: int, fps: float | None) -> npt.NDArray[np.float64] | None:
     """The recorded ones, else regular ones at the known frame rate."""
     with open_container(path) as file, reading(path, "its time stamps"):
-        stored = read_timestamps(file, frames)
+        stored = read_timestamps(file, frames, path)
     if stored is not None:
         return stored
     return None if fps is None else np.arange(frames) / fps

@@ -140,7 +140,7 @@ def write_synthetic(
 def _write_v6(draft: Draft, recording: _Recording, *, store_classes: bool) -> None:
     file, actions = draft.file, recording.drive.actions
     write_raw_frames(draft, IMAGES["v6"], (frame[..., ::-1] for frame in recording.frames()), len(actions))
-    file.create_dataset(ACTIONS, data=actions)
+    file.create_dataset(ACTIONS, data=actions, fillvalue=np.nan, fletcher32=True)
     file.create_dataset(EVENT_TYPES, data=list(default_event_types(actions)), dtype=h5py.string_dtype())
     if store_classes:
         file.create_dataset(ACTION_CLASSES, data=classify_actions(actions))

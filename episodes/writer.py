@@ -82,7 +82,9 @@ def write_episode(
         write_raw_frames(draft, IMAGES["v1"], frames, len(commands))
         if hand_frames is not None:
             write_raw_frames(draft, HAND_IMAGES["v1"], hand_frames, len(commands))
-        draft.file.create_dataset(ACTIONS, data=commands)
+        draft.file.create_dataset(
+            ACTIONS, data=commands, fillvalue=np.nan, fletcher32=True
+        )  # so that a zero was written
         draft.file.create_dataset(EVENT_TYPES, data=list(events), dtype=h5py.string_dtype())
         if text is not None:
             draft.file.create_dataset(INSTRUCTION, data=np.array([text], dtype=f"S{INSTRUCTION_BYTES}"))

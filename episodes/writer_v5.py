@@ -58,7 +58,7 @@ def write_episode_v5(
             write_raw_frames(draft, IMAGES["v5"], frames, len(actions))
         else:
             _write_jpeg_frames(draft, frames, len(actions), jpeg_quality)
-        file.create_dataset(ACTIONS, data=actions)
+        file.create_dataset(ACTIONS, data=actions, fillvalue=np.nan, fletcher32=True)  # so that a zero was written
         if timestamps is not None:
             file.create_dataset(TIMESTAMPS[0], data=timestamps)
         if text is not None:

@@ -37,6 +37,7 @@ from runtime.instruction import EMBEDDING_NAME
 from runtime.tokenizer import TOKENIZER_NAME
 from train.action_classes import classes_of_action
 from train.checkpoint import LoadedPolicy, load
+from train.keys import loss_modules
 
 _LOG_NAME = "reports/build.log"
 
@@ -138,10 +139,12 @@ def _read_and_plan(config: BuildConfig, reporter: Reporter) -> tuple[LoadedPolic
             x_attn_causal=config.x_attn_causal,
             prompt_template=config.prompt_template,
             pad_prompt_to=config.pad_prompt_to,
+            announce=reporter.result,
         )
         if config.infer_from is not None:
             infer_conventions(config, loaded, reporter)
         _report_base(loaded, reporter)
+        _report_left_out(loaded, reporter)
         conventions = loaded.policy.conventions
         parameters = sum(tensor.numel() for name, tensor in loaded.state.items() if ".lora_" not in name)
         reporter.result(
@@ -161,7 +164,8 @@ def _read_and_plan(config: BuildConfig, reporter: Reporter) -> tuple[LoadedPolic
         _warn_untrained(loaded, reporter)
         _warn_doubtful(loaded, reporter)
     with reporter.step("Plan"):
-        weights = sum(stage_bytes(loaded.state, part) for part in (*STAGES, "embedding"))
+        state = merged_weights(loaded).state
+        weights = sum(stage_bytes(state, part) for part in (*STAGES, "embedding"))
         total = weights + content_bytes(config.checkpoint)
         with reporter.bytes_bar("hashing", total) as advance:
             plan = make_plan(config, loaded, advance)
@@ -184,6 +188,17 @@ def _report_base(loaded: LoadedPolicy, reporter: Reporter) -> None:
         reporter.result(f"base weights: {origin}")
     else:
         reporter.warn(f"the checkpoint holds a part of the backbone only; {origin}: {loaded.from_base[0]}, ...")
+
+
+def _report_left_out(loaded: LoadedPolicy, reporter: Reporter) -> None:
+    """Say which modules of the checkpoint are not in the bundle; tables and buffers stand in the manifest alone."""
+    for module, count in loss_modules(loaded.ignored).items():
+        reporter.result(f"{module} ({count} tensors) is left out: losses alone are computed with it")
+    if loaded.idle:
+        reporter.warn(
+            f"vision_resampler ({len(loaded.idle)} tensors) is left out: under packing fork_overwrite the image tokens are Kosmos-2's own, "
+            "and use_vision_resampler has no effect"
+        )
 
 
 def _report_meaning(config: BuildConfig, loaded: LoadedPolicy, reporter: Reporter) -> None:

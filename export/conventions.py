@@ -113,14 +113,14 @@ def infer_conventions(config: BuildConfig, loaded: LoadedPolicy, reporter: Repor
         raise PromptError(f"{config.infer_from} has no instruction", hint="choose a training episode that has one.")
     recorded = _recorded(config, loaded, episode)
     candidates = _distinct(_hypotheses(config, spec, told), told, config, loaded)
-    images: dict[bool, Tensor] = {}
+    images: dict[tuple[bool, bool], Tensor] = {}
     errors = []
     with reporter.count_bar("inferring conventions", len(candidates)) as advance, torch.inference_mode():
-        for hypothesis, slots in candidates:
+        for hypothesis, slots, ids in candidates:
             policy.conventions = hypothesis.conventions
-            causal = hypothesis.conventions.x_attn_causal
-            if causal not in images:
-                images[causal] = torch.stack(
+            seen = hypothesis.conventions.x_attn_causal, policy.resamples
+            if seen not in images:
+                images[seen] = torch.stack(
                     [
                         policy.image_tokens(normalize_frames(frames, preprocessing.mean, preprocessing.std)).flatten(
                             0, 1
@@ -128,18 +128,19 @@ def infer_conventions(config: BuildConfig, loaded: LoadedPolicy, reporter: Repor
                         for frames in episode.frames
                     ]
                 )
-            errors.append(recorded.error(_play(policy, images[causal], slots)))
+            errors.append(recorded.error(_play(policy, images[seen], slots, ids)))
             advance()
-    hypotheses = [hypothesis for hypothesis, _ in candidates]
+    hypotheses = [hypothesis for hypothesis, *_ in candidates]
     _show(hypotheses, errors, recorded, reporter)
     _decide(config, loaded, hypotheses, errors, recorded.constant, reporter)
 
 
-def _play(policy: KosmosPolicy, images: Tensor, slots: Layout) -> list[NDArray[np.float32]]:
+def _play(policy: KosmosPolicy, images: Tensor, slots: Layout, ids: Sequence[int]) -> list[NDArray[np.float32]]:
     """The head's numbers [n, A] for each frame, as from a reset. Masked slots are not computed: what stays keeps its position.
 
     Args:
         images: image tokens [T, N, D].
+        ids: the prompt, padding included.
     """
     text = policy.backbone.text_model.model
     words = text.embed_tokens(torch.from_numpy(np.maximum(slots.token, 0)))
@@ -151,7 +152,8 @@ def _play(policy: KosmosPolicy, images: Tensor, slots: Layout) -> list[NDArray[n
         row = words.clone()
         row[shown] = image[slots.image[shown]]
         hidden = text(inputs_embeds=row[None], position_ids=positions, use_cache=False).last_hidden_state
-        features.append(policy.act_head.reduce(hidden[0, -slots.latent :]))
+        feature = policy.act_head.reduce(hidden[:, -slots.latent :])
+        features.append(policy.act_head.tell(feature, text.embed_tokens(torch.tensor([list(ids)])))[0])
     window = policy.spec.window
     return [
         policy.act_head(torch.stack(features[max(0, end - window) : end])[None])[0, -1].numpy()
@@ -216,8 +218,8 @@ def _goes_into(template: str, told: str) -> bool:
 
 def _distinct(
     hypotheses: Sequence[Hypothesis], told: str, config: BuildConfig, loaded: LoadedPolicy
-) -> list[tuple[Hypothesis, Layout]]:
-    """Those whose rows the policy can tell apart, with these rows; under fork_overwrite many texts look alike.
+) -> list[tuple[Hypothesis, Layout, tuple[int, ...]]]:
+    """Those that the policy can tell apart, with their rows and token ids; under fork_overwrite many texts look alike.
 
     Raises:
         PromptError: no tokenizer.
@@ -225,22 +227,24 @@ def _distinct(
     tokenizer = tokenizer_of(config, loaded) or Path(TOKENIZER_NAME)
     kosmos, spec = loaded.base.kosmos, loaded.policy.spec
     pad_id = kosmos.text_config.pad_token_id
-    found: dict[object, tuple[Hypothesis, Layout]] = {}
+    found: dict[object, tuple[Hypothesis, Layout, tuple[int, ...]]] = {}
     if not hypotheses:  # the config's own text refuses the instruction: say why
         fill(spec.prompt_template, told)
     for hypothesis in hypotheses:
         ids = tokenize(told, hypothesis.template, tokenizer)
         if hypothesis.pad_to is not None and len(ids) > hypothesis.pad_to:
             continue
+        padded = (*ids, *[pad_id] * ((hypothesis.pad_to or 0) - len(ids)))
         slots = layout(
-            (*ids, *[pad_id] * ((hypothesis.pad_to or 0) - len(ids))),
+            padded,
             packing=hypothesis.conventions.packing,
             image_tokens=kosmos.latent_query_num * (2 if spec.hand_camera else 1),
             latent=spec.head.latent,
             pad_id=pad_id,
         )
         row = (slots.token.tobytes(), slots.image.tobytes(), slots.position.tobytes())
-        found.setdefault((hypothesis.conventions, row), (hypothesis, slots))
+        heard = padded if spec.head.told else ()
+        found.setdefault((hypothesis.conventions, row, heard), (hypothesis, slots, padded))
     return list(found.values())
 
 

@@ -148,7 +148,7 @@ def make_plan(config: BuildConfig, loaded: LoadedPolicy, advance: Callable[[int]
             base_sha256=loaded.base_sha256 or loaded.raw.recorded.get("base_sha256"),
             base_tensors=len(loaded.from_base),
             lora_modules=len(loaded.adapted),
-            ignored_keys=loaded.ignored,
+            ignored_keys=loaded.ignored + loaded.idle,
         ),
         dimensions=Dimensions(
             image_size=dims.image_size,
@@ -177,7 +177,7 @@ def make_plan(config: BuildConfig, loaded: LoadedPolicy, advance: Callable[[int]
         files={},
         parity=_NOT_VERIFIED,
     )
-    sizes = {stage: stage_bytes(loaded.state, stage) for stage in STAGES}
+    sizes = {stage: stage_bytes(weights.state, stage) for stage in STAGES}
     reusable, known_files = ({}, {}) if config.force else _reusable(config.target, keys)
     return Plan(manifest, config.graph_precision, dims, keys, sizes, reusable, known_files, prompts, tokenizer)
 
@@ -247,7 +247,9 @@ def check_space(target: Path, plan: Plan) -> None:
 
 def merged_weights(loaded: LoadedPolicy) -> MergedWeights:
     lora = loaded.policy.spec.lora
-    return MergedWeights(loaded.state, lora.scaling if lora else 0.0)
+    idle = set(loaded.idle)
+    state = {name: tensor for name, tensor in loaded.state.items() if name not in idle}
+    return MergedWeights(state, lora.scaling if lora else 0.0)
 
 
 def stage_files(entry: Stage) -> tuple[str, ...]:
@@ -285,6 +287,7 @@ def _prompt(
                 latent=dims.head.latent,
                 pad_id=text.pad_token_id,
             ).length
+            + dims.head.told
         )
         for ids in candidates
     }
@@ -303,6 +306,7 @@ def _prompt(
         embed_scale=dims.embed_scale,
         buckets=tuple(sorted(set(bucket_of.values()))),
         instructions=instructions,
+        told=dims.head.told,
     )
     return spec, tuple(verified)
 

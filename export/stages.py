@@ -133,7 +133,7 @@ def language(
         image_tokens: fp32 [1, cameras * latents, D], scaled (the vision stage's output).
         prompt: fp32 [1, S, D], see runtime.prompt.PromptTensors.
         image_index: int64 [S]; the image token added to a slot, or the number of image tokens for none.
-        action_index: int64 [latent].
+        action_index: int64 [latent]; for heads that are told the instruction, its slot as the last one: [latent + 1].
     """
     root = "backbone.text_model.model"
     heads, latent = dims.heads, dims.head.latent
@@ -142,7 +142,12 @@ def language(
     mask = ops.weight(f"causal_mask.{sequence}", lambda: torch.full((sequence, sequence), MASKED).triu(1), island=True)
     nothing = ops.weight("no_image", lambda: torch.zeros(1, dims.width), island=True)
     images = ops.concat([ops.reshape(image_tokens, [dims.image_tokens, dims.width]), nothing], 0)
-    x = ops.add(ops.reshape(prompt, [sequence, dims.width]), ops.gather(images, image_index))
+    row = ops.reshape(prompt, [sequence, dims.width])
+    words = None
+    if dims.head.told:
+        words = ops.gather(row, ops.slice(action_index, 0, latent, latent + 1))
+        action_index = ops.slice(action_index, 0, 0, latent)
+    x = ops.add(row, ops.gather(images, image_index))
     for index in range(dims.layers):
         path = f"{root}.layers.{index}"
         with ops.scope(f"layers.{index}"):
@@ -175,8 +180,15 @@ def language(
             y = ops.gelu(ops.island(_linear(ops, weights, y, "fc1", f"{path}.ffn.fc1")))
             y = ops.compute(_norm(ops, weights, y, "ffn_norm", f"{path}.ffn.ffn_layernorm", dims.eps))
             x = ops.add(x, ops.island(_linear(ops, weights, y, "fc2", f"{path}.ffn.fc2")))
-    x = _norm(ops, weights, x, "final_norm", f"{root}.layer_norm", dims.eps)
-    return ops.reshape(x, [1, dims.feature])
+    x = ops.reshape(_norm(ops, weights, x, "final_norm", f"{root}.layer_norm", dims.eps), [1, dims.feature])
+    return x if words is None else ops.add(x, _told(ops, weights, words))
+
+
+def _told(ops: Ops[T], weights: MergedWeights, words: T) -> T:
+    """What the instruction adds to every feature: words [1, D] to [1, latent * D]. In the island: it is the same at each recurrent step."""
+    path = "act_head.instr_proj"
+    matrix = ops.weight("told.weight", lambda: weights.weight(path).T.contiguous(), island=True)
+    return ops.add(ops.matmul(words, matrix), ops.weight("told.bias", lambda: weights.bias(path), island=True))
 
 
 def action_head(ops: Ops[T], weights: MergedWeights, dims: StageDims, feature: T, h: T, c: T) -> tuple[T, T, T]:

@@ -48,7 +48,7 @@ def stage_dims(
         window=policy.spec.window,
         chunk=policy.spec.chunk,
         head=policy.spec.head,
-        perceiver=DEPTH if policy.spec.vision_resampler else 0,
+        perceiver=DEPTH if policy.resamples else 0,
     )
 
 
@@ -108,7 +108,7 @@ def _emit(
             ops.input("image_tokens", "float32", tokens),
             ops.input("prompt", "float32", [1, sequence, dims.width]),
             ops.input("image_index", "int64", [sequence]),
-            ops.input("action_index", "int64", [dims.head.latent]),
+            ops.input("action_index", "int64", [dims.head.latent + dims.head.told]),
         )
         return ops.save(path, stage, [("feature", feature, [1, dims.feature])])
     state = [dims.window, dims.head.layers, dims.hidden]

@@ -17,7 +17,8 @@ from train.base import tensors_sha256
 STAGES = ("vision", "language", "action_head")
 _STAGE_PREFIXES = {
     "vision": ("backbone.vision_model.", "backbone.image_to_text_projection.", "vision_resampler."),
-    "language": ("backbone.text_model.model.layers.", "backbone.text_model.model.layer_norm."),
+    # What a head is told is added to the feature.
+    "language": ("backbone.text_model.model.layers.", "backbone.text_model.model.layer_norm.", "act_head.instr_proj."),
     "action_head": ("act_head.",),
     "embedding": ("backbone.text_model.model.embed_tokens.", "action_token"),
 }
@@ -57,7 +58,12 @@ class MergedWeights:
 
 def stage_names(state: Mapping[str, Tensor], stage: str) -> list[str]:
     """Canonical names of the tensors that a stage (or `embedding`) is made of, sorted."""
-    return sorted(name for name in state if name.startswith(_STAGE_PREFIXES[stage]))
+    return sorted(name for name in state if _owner(name) == stage)
+
+
+def _owner(name: str) -> str | None:
+    """The first part whose prefixes fit."""
+    return next((part for part, prefixes in _STAGE_PREFIXES.items() if name.startswith(prefixes)), None)
 
 
 def stage_bytes(state: Mapping[str, Tensor], stage: str) -> int:

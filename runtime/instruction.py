@@ -68,7 +68,8 @@ def prompt_tensors(
     return assemble(
         slots,
         embedding,
-        bucket=choose_bucket(slots.length, buckets),
+        bucket=choose_bucket(slots.length + spec.told, buckets),
         embed_scale=spec.embed_scale,
         image_tokens=image_tokens,
+        told=np.reshape(token_ids, -1) if spec.told else None,
     )

@@ -52,7 +52,8 @@ class PromptTensors:
     Attributes:
         prompt: float32 [1, S, D]; scaled embeddings plus positions; image slots hold their position only.
         image_index: int64 [S]; which image token is added to a slot; the number of image tokens means none.
-        action_index: int64 [latent]; slots whose last hidden state is the action feature.
+        action_index: int64 [latent]; slots whose last hidden state is the action feature. For heads that are told the instruction, one
+            more: the slot behind them, which causality hides, and which holds the mean of the prompt's embeddings.
     """
 
     prompt: NDArray[np.float32]
@@ -180,15 +181,22 @@ def sinusoid(positions: NDArray[np.int64], width: int) -> NDArray[np.float32]:
 
 
 def assemble(
-    slots: Layout, embedding: NDArray[np.floating], *, bucket: int, embed_scale: float, image_tokens: int
+    slots: Layout,
+    embedding: NDArray[np.floating],
+    *,
+    bucket: int,
+    embed_scale: float,
+    image_tokens: int,
+    told: NDArray[np.int64] | None = None,
 ) -> PromptTensors:
     """Arrays for the language stage.
 
     Args:
-        slots: from `layout`; at most `bucket` long.
+        slots: from `layout`; at most `bucket` long, one less with `told`.
         embedding: [vocab + 1, D], float16 or float32, may be memory-mapped; the last row is the action token.
         bucket: S, the static length of the graph.
         embed_scale: sqrt(D) for Kosmos-2; multiplies embeddings, not positions.
+        told: ids of the whole prompt, padding included, for heads that hear their mean.
 
     Raises:
         PromptError: a token id outside the vocabulary.
@@ -196,10 +204,11 @@ def assemble(
     vocab, width = embedding.shape[0] - 1, embedding.shape[1]
     used = slots.length
     text = slots.token >= 0
-    if text.any() and int(slots.token[text].max()) >= vocab:
+    largest = max(int(ids.max(initial=ABSENT)) for ids in (slots.token, slots.token if told is None else told))
+    if largest >= vocab:
         raise PromptError(
             "a token id is outside the vocabulary",
-            got=int(slots.token[text].max()),
+            got=largest,
             expected=f"below {vocab}",
             hint="the ids come from another tokenizer than the bundle's.",
         )
@@ -210,4 +219,7 @@ def assemble(
     prompt[0, :used] = rows * np.float32(embed_scale) + sinusoid(slots.position, width)
     image_index = np.full(bucket, image_tokens, np.int64)
     image_index[:used][slots.image >= 0] = slots.image[slots.image >= 0]
-    return PromptTensors(prompt, image_index, np.arange(used - slots.latent, used, dtype=np.int64))
+    if told is not None:
+        prompt[0, used] = embedding[told].astype(np.float64).mean(axis=0)
+        used += 1
+    return PromptTensors(prompt, image_index, np.arange(slots.length - slots.latent, used, dtype=np.int64))

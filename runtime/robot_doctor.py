@@ -184,7 +184,7 @@ def _bundle(bundle: Path, manifest: Manifest, report: _Report) -> None:
         + f", manifest {manifest.manifest_sha256[:12]}, parity {manifest.parity.verdict}",
         f"packing {prompt.packing} ({prompt.packing_source}), x_attn_causal {str(manifest.x_attn_causal).lower()} "
         f"({manifest.x_attn_causal_source})",
-        f"picture: {manifest.preprocessing.color}, {manifest.preprocessing.resize} squash to {dims.image_size} x {dims.image_size}, "
+        f"picture: {manifest.preprocessing.color}, {manifest.preprocessing.how} to {dims.image_size} x {dims.image_size}, "
         f"cameras {', '.join(manifest.preprocessing.cameras)}",
         f"window {dims.window}, chunk {dims.chunk}, fps {'unknown' if manifest.fps is None else f'{manifest.fps:g}'}",
         f"action ({action.head}, {scale}): {axes}",
@@ -262,7 +262,7 @@ def _picture(manifest: Manifest, robot: RobotFile, found: CameraFindings | None,
         f"{robot.name}: {kind_of(config)}, {pixels.shape[1]} x {pixels.shape[0]} upright, colour_order {config.colour_order}, "
         f"rotate {config.rotate}, {found.fps:.1f} pictures a second, brightness {found.brightness:.0f}"
     )
-    how = f"{size} x {size}, {manifest.preprocessing.resize} squash"
+    how = f"{size} x {size}, {manifest.preprocessing.how}"
     write_bytes(out, draw_doctor(pixels, resize(pixels, manifest.preprocessing, size), facts, how))
     return out
 

@@ -62,6 +62,7 @@ class TinyOptions:
     lstm_layers: int = 2
     scale_embedding: bool = True
     vision_resampler: bool = False
+    told: bool = False
     dtype: torch.dtype = torch.float64
     seed: int = 0
 
@@ -101,7 +102,13 @@ def tiny_policy(options: TinyOptions) -> TinyPolicy:
     kosmos = _kosmos(options)
     lora = LoraSpec(r=3, alpha=6.0) if options.lora else None
     head = HeadSpec(
-        options.head, _OUTPUTS[options.head], 10, options.lstm_layers, options.latent, pooling=options.pooling
+        options.head,
+        _OUTPUTS[options.head],
+        10,
+        options.lstm_layers,
+        options.latent,
+        pooling=options.pooling,
+        told=options.told,
     )
     spec = PolicySpec(
         head=head,
@@ -215,14 +222,22 @@ class Row:
         return self.prompt.shape[1]
 
 
-def exact_row(tiny: TinyPolicy, slots: Layout, *, bucket: int | None = None, filler: float = 0.0) -> Row:
+def exact_row(
+    tiny: TinyPolicy,
+    slots: Layout,
+    *,
+    bucket: int | None = None,
+    filler: float = 0.0,
+    ids: Sequence[int] | None = None,
+) -> Row:
     """What runtime.prompt.assemble makes, in the policy's precision and from its own tables.
 
     Args:
         bucket: length of the row; by default the smallest one.
         filler: size of the noise in the slots behind the action token.
+        ids: the whole prompt, for heads that are told it.
     """
-    bucket = round_up(slots.length) if bucket is None else bucket
+    bucket = round_up(slots.length + tiny.dims.head.told) if bucket is None else bucket
     text = tiny.policy.backbone.text_model.model
     first = text.embed_positions.padding_idx + 1
     noise = torch.randn(1, bucket, tiny.dims.width, generator=torch.Generator().manual_seed(0))
@@ -236,7 +251,12 @@ def exact_row(tiny: TinyPolicy, slots: Layout, *, bucket: int | None = None, fil
     image_index = torch.full((bucket,), tiny.dims.image_tokens)
     shown = torch.from_numpy(slots.image >= 0)
     image_index[: slots.length][shown] = torch.from_numpy(slots.image)[shown]
-    return Row(prompt, image_index, torch.arange(slots.length - slots.latent, slots.length))
+    last = slots.length
+    if tiny.dims.head.told:
+        assert ids is not None
+        prompt[0, last] = sum(text.embed_tokens.weight[token] for token in ids) / len(ids)
+        last += 1
+    return Row(prompt, image_index, torch.arange(slots.length - slots.latent, last))
 
 
 def run_vision(tiny: TinyPolicy, frames: NDArray[np.uint8], ops: TorchOps | None = None) -> Tensor:

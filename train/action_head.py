@@ -2,7 +2,7 @@
 
 `LSTMDecoder` (upstream): tanh arm actions and a raw gripper logit; `MobileVLALSTMDecoder` (fork): tanh velocities;
 `MobileVLAClassificationDecoder` (fork): logits of discrete motions. All share one recurrent core, run from a zero state over the
-features of the last W frames.
+features of the last W frames. The lab's class head may be told the instruction as well (`act_head.instr_in_features`).
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ class ActionHead(nn.Module):
         self.spec = spec
         self.chunk = chunk
         hidden = spec.latent * spec.hidden
+        if spec.told:
+            self.instr_proj = nn.Linear(width, spec.latent * width)
         self.rnn = nn.LSTM(spec.latent * width, hidden, spec.layers, batch_first=True)
         if spec.kind == "actions_gripper":
             self.actions = ChunkMlp(hidden, chunk * (spec.outputs - 1), bounded=True)
@@ -62,6 +64,18 @@ class ActionHead(nn.Module):
         `none` flattens token-major. `pooling` is AdaptiveMaxPool1d(latent) over the latent tokens, the identity, flattened the same way.
         """
         return tokens.flatten(-2)
+
+    def tell(self, features: Tensor, words: Tensor) -> Tensor:
+        """Features [N, latent * D] with the instruction in them, for heads that are told it.
+
+        Args:
+            words: embeddings [N, L, D] of the whole prompt: special tokens and padding count, so a padded prompt has another mean. No
+                gradient goes into them.
+        """
+        if not self.spec.told:
+            return features
+        told: Tensor = self.instr_proj(words.detach().mean(-2))
+        return features + told
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, l, latent * D] from a zero state -> [B, l, n, A]; the gripper logit, where there is one, is the last column."""

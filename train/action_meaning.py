@@ -101,6 +101,13 @@ def _default_names(spec: PolicySpec, columns: int) -> tuple[str, ...]:
     return (*(AXES[:arm] if arm <= len(AXES) else tuple(f"action_{i}" for i in range(arm))), "gripper")
 
 
+def _has_speed(name: str, value: tuple[float, float, float]) -> bool:
+    """Whether a command is its name's direction at one linear speed; turns, and commands of one's own, are not."""
+    size = max(abs(value[0]), abs(value[1]))
+    x, y, z = DIRECTIONS.get(name, (0, 0, 0))
+    return z == 0 and size > 0 and value == (size * x, size * y, 0)
+
+
 def _classes(
     spec: PolicySpec, facts: TrainingFacts | None, stated: tuple[str, ...], speed: float | None
 ) -> tuple[ClassTable, str]:
@@ -116,8 +123,11 @@ def _classes(
     elif recorded:
         texts, source = recorded, "recorded"
         if speed is not None:  # which goes before what is recorded, for the classes that it can be said of
-            bare = ((text, text.partition("=")[0]) for text in recorded)
-            texts = tuple(name if name in DIRECTIONS else text for text, name in bare)
+            table = parse_classes(recorded)
+            texts = tuple(
+                name if _has_speed(name, value) else text
+                for text, name, value in zip(recorded, table.names, table.values, strict=True)
+            )
     else:
         texts, source = spec.classes, spec.classes_source
     hint = "for example --classes Stop F L R FL FR TurnL=0,0,0.5; the order stands in the dataset code of the run."

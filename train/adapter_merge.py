@@ -89,6 +89,27 @@ def fold(state: dict[str, Tensor], recipe: AdapterRecipe, *, origin: str) -> tup
     return (*adapters, *_fold_embeddings(state, recipe, origin))
 
 
+def adapted_embeddings(state: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Paths below `backbone.` of the embeddings that have adapters, sorted."""
+    return tuple(sorted(match[1] for name in state if (match := _EMBEDDING.match(name))))
+
+
+def with_adapter(weight: Tensor, state: Mapping[str, Tensor], module: str, scaling: float) -> Tensor | None:
+    """A weight in fp32 with the adapter of `module` that stands in `state`; None where that does not fit it."""
+    prefix = f"{_ROOT}{module}."
+    down, up = state.get(f"{prefix}lora_A.weight"), state.get(f"{prefix}lora_B.weight")
+    if down is None or up is None:
+        down, up = state.get(f"{prefix}lora_embedding_B"), state.get(f"{prefix}lora_embedding_A")
+        down, up = (None, None) if down is None or up is None else (down.T, up.T)
+    magnitude = state.get(f"{prefix}lora_magnitude_vector")
+    if down is None or up is None or down.dim() != 2 or up.dim() != 2 or down.shape[0] != up.shape[1]:
+        return None
+    if (up.shape[0], down.shape[1]) != tuple(weight.shape) or (magnitude is not None and len(magnitude) != len(weight)):
+        return None
+    adapter = _Adapter(down.float(), up.float(), None, None if magnitude is None else magnitude.float())
+    return _merged(weight.float(), None, adapter, scaling)[0]
+
+
 def _modules(state: Mapping[str, Tensor]) -> tuple[str, ...]:
     return tuple(sorted({match[1] for name in state if (match := _PART.match(name))}))
 
@@ -192,7 +213,7 @@ def _check_with_peft(
 
 def _fold_embeddings(state: dict[str, Tensor], recipe: AdapterRecipe, origin: str) -> tuple[str, ...]:
     """Adapted embeddings: W + scaling (B A)^T."""
-    modules = tuple(sorted(match[1] for name in state if (match := _EMBEDDING.match(name))))
+    modules = adapted_embeddings(state)
     for module in modules:
         prefix = f"{_ROOT}{module}."
         down, up = state.pop(f"{prefix}lora_embedding_A"), state.pop(f"{prefix}lora_embedding_B", None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,10 @@ _HARMLESS = frozenset(
 _READ = frozenset(("use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "init_lora_weights"))
 # Initialisations that take the adapters' start out of the base: W is then no longer the published weight.
 _RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Patterns are tried on each of some 300 modules, whose names have up to 60 characters.
+_LONGEST_PATTERN, _MOST_PATTERNS, _MOST_REPETITIONS, _MOST_REPEATING = 256, 400, 2, 32
+_REPETITION = re.compile(r"(?<!\\)[*+{]")
+_REPEATED_GROUP = re.compile(r"\)[*+{]")
 _DEFAULTS = {each.name: each.default for each in dataclasses.fields(LoraConfig)}
 
 
@@ -139,6 +144,7 @@ def _recipe(
         )
         if value is not None and not numbers:
             raise _unusable(key, value, "an object of positive numbers by module name")
+        _check_patterns(key, value or {})
         return dict(value or {})
 
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
@@ -160,6 +166,29 @@ def _recipe(
         residual=residual,
         bias=str(bias),
     )
+
+
+def _check_patterns(key: str, patterns: Mapping[str, Any]) -> None:
+    """Refuse regular expressions that would be tried for ever: a repetition inside a repeated group, or many of them."""
+    repeating = 0
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise _unusable(key, pattern, f"module names or regular expressions ({error})") from None
+        repetitions = len(_REPETITION.findall(pattern))
+        repeating += repetitions > 0
+        if len(pattern) > _LONGEST_PATTERN or repetitions > _MOST_REPETITIONS or _REPEATED_GROUP.search(pattern):
+            expected = (
+                f"at most {_MOST_REPETITIONS} repetitions in {_LONGEST_PATTERN} characters, and no repeated group"
+            )
+            raise _unusable(key, pattern, expected)
+    if len(patterns) > _MOST_PATTERNS or repeating > _MOST_REPEATING:
+        raise _unusable(
+            key,
+            f"{len(patterns)} patterns, {repeating} with repetitions",
+            f"at most {_MOST_PATTERNS}, {_MOST_REPEATING}",
+        )
 
 
 def _unusable(key: str, value: object, expected: str) -> ConfigError:

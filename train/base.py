@@ -85,7 +85,7 @@ def find_base(checkpoint: Path, *, explicit: Path | None, written: str | None, s
         "vision": state.get("backbone.vision_model.model.embeddings.class_embedding"),
         "text": state.get("backbone.text_model.model.layer_norm.weight"),
     }
-    found = {name: None if tensor is None else tensor.shape[0] for name, tensor in widths.items()}
+    found = {name: None if tensor is None or not tensor.dim() else tensor.shape[0] for name, tensor in widths.items()}
     if found != _REAL_WIDTHS:
         folders = list(dict.fromkeys(str(path.parent) for path in searched))
         absent = ", ".join(folders[:_LISTED]) or "no folder to look in"

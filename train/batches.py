@@ -99,7 +99,7 @@ def make_batch(
         numbers = np.zeros(data.window, int) if idle else np.minimum(window.start + steps, len(episode) - 1)
         frame_of[row] = [frames.setdefault((window.view, int(number)), len(frames)) for number in numbers]
         recorded = mirror_actions(episode.actions, data.actions) if window.view.mirrored else episode.actions
-        if window.view.told is not None:
+        if window.view.told is not None and window.view.told.motion is not None:
             recorded = np.broadcast_to(window.view.told.action(data.actions), recorded.shape)
         targets, mask = action_chunks(recorded, window.start, data.window, data.chunk)
         physical.append(targets)
@@ -151,9 +151,9 @@ def _frames(
 
 
 def _instruction(view: View, episodes: Sequence[TrainingEpisode]) -> str:
-    if view.told is not None:
+    if view.told is not None and view.told.motion is not None:
         return view.told.words
-    text = episodes[view.episode].instruction
+    text = episodes[view.episode].instruction if view.told is None else view.told.words
     return mirror_text(text) if view.mirrored else text
 
 

@@ -6,7 +6,7 @@ deployed policies on wrong weights. How files are read safely is in train/checkp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import Kosmos2Config
 
-from bundle.errors import BaseWeightsError, CheckpointError, ConfigError
+from bundle.errors import BaseWeightsError, CheckpointError, ConfigError, UnsupportedPolicyError
 from bundle.manifest import Packing
 from bundle.prompt_template import UPSTREAM, is_template
 from train.adapter_merge import check_kinds, fold, needs_folding
@@ -24,14 +24,22 @@ from train.base import Base, base_weights, find_base, tensors_sha256
 from train.checkpoint_file import RawCheckpoint, read_raw, write_small
 from train.config import LoraSpec, PolicySpec, policy_spec, read_chain
 from train.facts import TrainingFacts, training_facts
-from train.keys import KeyMap, lora_modules, map_keys
+from train.keys import KeyMap, canonical, lora_modules, map_keys
 from train.peft_folder import CONFIG_NAME as ADAPTER_CONFIG
 from train.policy import Conventions, KosmosPolicy
+from train.reading_memory import available_bytes, check_memory, check_shared, reading_need
 from train.trained_parts import check_base, check_held
 
 T = TypeVar("T")
 _LISTED = 12
+VISION_RESAMPLER = "vision_resampler."
+_HEADS_BY_PART = {
+    "act_head.actions.": "LSTMDecoder (one arm column and a gripper, where act_head.action_dim is 2)",
+    "act_head.velocities.": "MobileVLALSTMDecoder",
+    "act_head.logits.": "MobileVLAClassificationDecoder",
+}
 _MAX_PROMPT = 2048  # Kosmos-2's max_position_embeddings
+_MOST_ADAPTED = 2000  # Kosmos-2 has 294 Linears
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,13 @@ class LoadedPolicy:
         return self.policy.adapted or self.folded
 
     @property
+    def idle(self) -> tuple[str, ...]:
+        """Canonical names of weights that the policy's packing never comes to."""
+        if self.policy.resamples:
+            return ()
+        return tuple(name for name in self.state if name.startswith(VISION_RESAMPLER))
+
+    @property
     def facts(self) -> TrainingFacts | None:
         """What our own trainer recorded of the run; None for checkpoints of other trainers."""
         return training_facts(self.config)
@@ -91,6 +106,7 @@ def load(
     x_attn_causal: bool | None = None,
     prompt_template: str | None = None,
     pad_prompt_to: int | None = None,
+    announce: Callable[[str], object] = lambda _: None,
 ) -> LoadedPolicy:
     """Read a checkpoint strictly.
 
@@ -102,9 +118,10 @@ def load(
         x_attn_causal: whether the resampler was trained causal (transformers 4.52 to 5.0 with sdpa). None assumes not, and says so.
         prompt_template, pad_prompt_to: text around an instruction and length of every prompt (0 for its own), as stated by the user; None
             is what the file records, else what the lab's code does with the config.
+        announce: told what loading will take of the memory, before it is taken.
 
     Raises:
-        CheckpointError: unreadable, unsafe, or keys missing, unknown, contradictory, misshapen or not finite.
+        CheckpointError: unreadable, unsafe, larger than the free memory, or keys missing, unknown, contradictory, misshapen or not finite.
         BaseWeightsError: the base is missing or is another one than recorded.
         ConfigError: no usable config, or one that contradicts the weights.
         UnsupportedPolicyError: a variant jetvla does not build.
@@ -128,11 +145,20 @@ def load(
     if folding:
         spec = replace(spec, lora=None)
 
+    _check_told(path, spec, settings, located.kosmos)
     policy = _empty_policy(spec, located.kosmos, conventions, () if folding else adapted)
     expected = map_keys(policy.state_dict()).names
+    _check_values(raw, expected)
     from_base, base_sha256 = _fill_from_base(raw, located, state, expected)
-    check_held(setup, recipe, from_base, layers=located.kosmos.text_config.layers, adapted=adapted, origin=path.name)
-    remark = _check_base(path, located, state, recipe, adapted, from_base, setup)
+    if raw.kind != "jetvla" or "base_sha256" not in raw.recorded:
+        # What our small files leave out is the base's, and that is proved.
+        layers = located.kosmos.text_config.layers
+        check_held(setup, recipe, from_base, layers=layers, adapted=adapted, origin=path.name)
+    check_shared(state, origin=path.name)
+    need = reading_need(state, (f"backbone.{module}.weight" for module in adapted) if folding else ())
+    check_memory(need, origin=path.name, available=available_bytes())
+    announce(f"loading takes {need}")
+    remark = _check_base(path, located, setup, state, recipe, adapted, from_base)
     folded = fold(state, recipe, origin=path.name) if recipe is not None and folding else ()
     _check_names(path, state, policy, expected)
     state = {name: tensor.float() for name, tensor in state.items()}
@@ -169,17 +195,17 @@ def _recipe(raw: RawCheckpoint, spec: PolicySpec, setup: Mapping[str, Any]) -> A
 def _check_base(
     path: Path,
     located: Base,
+    setup: Mapping[str, Any],
     state: Mapping[str, Tensor],
     recipe: AdapterRecipe | None,
     adapted: tuple[str, ...],
     from_base: tuple[str, ...],
-    setup: Mapping[str, Any],
 ) -> str | None:
     """Whether file, adapters and base directory belong together; see train.trained_parts.check_base."""
     if recipe is None or located.folder is None or not any(located.folder.glob("model*.safetensors")):
         return None
     origin = base_weights(located.folder)
-    return check_base(state, origin, recipe, adapted, from_base, setup=setup, origin=path.name, folder=located.folder)
+    return check_base(setup, state, origin, recipe, adapted, from_base, origin=path.name, folder=located.folder)
 
 
 def _with_prompt(spec: PolicySpec, raw: RawCheckpoint, template: str | None, pad_to: int | None) -> PolicySpec:
@@ -228,8 +254,8 @@ def decide_conventions(
             f"{raw.path.name} comes from the 2-DoF fork, and nothing in it tells how its rows were packed",
             got="packing auto",
             expected="--packing upstream, or --packing fork_overwrite",
-            hint="fork_overwrite if training ran on an unpatched transformers (the log says `pixel_values` ValueError; the words of "
-            "the instruction then had no effect); upstream if RoboVLMs' modeling_kosmos2.py was installed.",
+            hint="fork_overwrite if training ran on an unpatched transformers (the log says `pixel_values` ValueError; the decoder "
+            "then saw no words of the instruction); upstream if RoboVLMs' modeling_kosmos2.py was installed.",
         )
     else:
         chosen, source = "upstream", "inferred: upstream's trainer has no other layout"
@@ -362,6 +388,13 @@ def _check_adapters(path: Path, spec: PolicySpec, keys: KeyMap, state: Mapping[s
             expected=f"lora_enable {spec.lora is not None}",
             hint="this is the config of another run; pass the right one with --config.",
         )
+    if len(adapted) > _MOST_ADAPTED:
+        raise CheckpointError(
+            f"{path.name} holds adapters for more modules than any policy has",
+            got=len(adapted),
+            expected=f"at most {_MOST_ADAPTED}",
+            hint="take the file from where it was written.",
+        )
     if spec.lora is not None:
         ranks = {state[f"backbone.{module}.lora_A.weight"].shape[0] for module in adapted}
         if ranks != {spec.lora.r}:
@@ -420,14 +453,28 @@ def _fill_from_base(
     return taken, digest
 
 
+def _check_values(raw: RawCheckpoint, expected: Mapping[str, object]) -> None:
+    """Refuse a weight that is no tensor: left out, it would be filled in from the base."""
+    odd = [name for name in raw.not_tensors if canonical(name) in expected]
+    if odd:
+        raise CheckpointError(
+            f"{raw.path.name} holds weights that are no tensors",
+            got=_some(odd),
+            expected="tensors",
+            hint="the file was edited or saved by other code than state_dict(); take it from where it was written.",
+        )
+
+
 def _check_names(
     path: Path, state: Mapping[str, Tensor], policy: KosmosPolicy, expected: Mapping[str, tuple[str, ...]]
 ) -> None:
     shapes = {name: tuple(policy.get_parameter(raw[0]).shape) for name, raw in expected.items()}
     problems = []
-    if missing := sorted(set(shapes) - set(state)):
+    missing = sorted(set(shapes) - set(state))
+    if missing:
         problems.append(f"missing {_some(missing)}")
-    if unknown := sorted(set(state) - set(shapes)):
+    unknown = sorted(set(state) - set(shapes))
+    if unknown:
         problems.append(f"unknown {_some(unknown)}")
     wrong = [
         f"{name} {list(state[name].shape)}, not {list(shape)}"
@@ -443,8 +490,39 @@ def _check_names(
             f"the weights of {path.name} do not fit its config and base",
             got="; ".join(problems),
             expected=f"exactly the {len(shapes)} parameters of {policy.spec.head.kind} on this base",
-            hint="a wrong --base or --config is the usual cause.",
+            hint=_other_head(unknown) or _not_told(missing) or "a wrong --base or --config is the usual cause.",
         )
+
+
+def _check_told(path: Path, spec: PolicySpec, settings: Mapping[str, Any], kosmos: Kosmos2Config) -> None:
+    """Whether what the head is told is the prompt.
+
+    Raises:
+        UnsupportedPolicyError: it is something else, which the file does not hold.
+    """
+    stated, width = settings["act_head"].get("instr_in_features"), kosmos.text_config.embed_dim
+    if spec.head.told and stated != width:
+        raise UnsupportedPolicyError(
+            f"{path.name} uses act_head.instr_in_features = {stated!r}, which jetvla does not build",
+            expected=f"{width}, the width of this base's word embeddings, whose mean the head is told",
+            hint="embeddings of another width stand in a file of the lab's loader: it would take that file at every reset. "
+            "Nothing was written.",
+        )
+
+
+def _other_head(unknown: list[str]) -> str | None:
+    """The hint where the file has another head than its config says: some of the lab's code calls upstream's head by the fork's name."""
+    for part, kind in _HEADS_BY_PART.items():
+        if any(name.startswith(part) for name in unknown):
+            return f"these are the weights of {kind}: pass a config that says so in act_head.type, with --config."
+    return None
+
+
+def _not_told(missing: list[str]) -> str | None:
+    """The hint where the run's code did not know of heads that are told the instruction."""
+    if missing and all(name.startswith("act_head.instr_proj.") for name in missing):
+        return "if the code of the run did not know act_head.instr_in_features, pass a config without the key, with --config."
+    return None
 
 
 def _check_finite(path: Path, state: Mapping[str, Tensor]) -> None:

@@ -19,6 +19,7 @@ from bundle.reading_limits import read_json as limited_json
 from episodes.resize import ResizeFilter
 from train.robovlms_classes import class_order, lab_resize
 from train.robovlms_prompt import lab_prompt
+from train.robovlms_variants import refuse_variants, unknown_head
 
 HEADS: dict[str, HeadKind] = {
     "LSTMDecoder": "actions_gripper",
@@ -43,7 +44,10 @@ _MOST_BY_KEY = {
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """The LSTM action head. `outputs` is the width of one chunk step: velocities (+ gripper logit), or classes."""
+    """The LSTM action head. `outputs` is the width of one chunk step: velocities (+ gripper logit), or classes.
+
+    `told` says that the head hears the instruction beside the feature: the mean of the prompt's word embeddings, projected, is added to it.
+    """
 
     kind: HeadKind
     outputs: int
@@ -51,6 +55,7 @@ class HeadSpec:
     layers: int
     latent: int
     pooling: bool
+    told: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,10 @@ def read_chain(path: Path) -> tuple[dict[str, Any], tuple[Path, ...]]:
     seen: list[Path] = []
     current: Path | None = path
     while current is not None:
+        if seen and not is_there(current):
+            raise ConfigError(
+                f"{ascii(str(current))[1:-1]} does not exist", got=f"named by {path}", hint="correct the path."
+            )
         if current.resolve() in seen:
             raise ConfigError(
                 f"{path} inherits from itself",
@@ -127,7 +136,7 @@ def read_chain(path: Path) -> tuple[dict[str, Any], tuple[Path, ...]]:
                 hint="write what the run used into one file.",
             )
         seen.append(current.resolve())
-        child = _read_object(current, first=path)
+        child = _read_object(current)
         merged = _merge(child, merged)
         parent = child.get("parent")
         current = _locate(parent, current.parent) if parent else None
@@ -142,16 +151,12 @@ def policy_spec(config: dict[str, Any]) -> PolicySpec:
         ConfigError: a key is missing or has a value of the wrong type.
         UnsupportedPolicyError: a variant that jetvla knows by name and does not build.
     """
-    _refuse_rare(config)
+    refuse_variants(config)
     _refuse_magnitudes(config)
     act = _section(config, "act_head")
     head_type = _get(act, "type", str, "act_head.type")
     if head_type not in HEADS:
-        raise UnsupportedPolicyError(
-            f"unknown action head {head_type!r}",
-            expected=", ".join(HEADS),
-            hint="only LSTM heads are built; FCDecoder, GPTDecoder and diffusion heads are not.",
-        )
+        raise unknown_head(head_type, HEADS)
     kind = HEADS[head_type]
     classes = kind == "classes"
     head = HeadSpec(
@@ -161,6 +166,8 @@ def policy_spec(config: dict[str, Any]) -> PolicySpec:
         layers=_size(act, "num_layers", "act_head.", 4),
         latent=_size(act, "latent", "act_head.", 1),
         pooling=act.get("down_sample", "none") == "pooling",
+        # The lab's class heads read the key, the others take any and look at none.
+        told=classes and act.get("instr_in_features") is not None,
     )
     if kind == "actions_gripper" and head.outputs < 2:
         raise ConfigError(
@@ -211,32 +218,6 @@ def policy_spec(config: dict[str, Any]) -> PolicySpec:
     )
 
 
-def _refuse_rare(config: dict[str, Any]) -> None:
-    act = config.get("act_head") if isinstance(config.get("act_head"), dict) else {}
-    assert isinstance(act, dict)
-    rare = {
-        "model": config.get("model", "kosmos") != "kosmos",
-        "fwd_head": config.get("fwd_head") is not None,
-        "tcp_rel": bool(config.get("tcp_rel", False)),
-        "regular_action": bool(config.get("regular_action", False)),
-        "act_head.history_type": act.get("history_type", "post") != "post",
-        "act_head.action_space": act.get("action_space", "continuous") != "continuous",
-        "act_head.down_sample": act.get("down_sample", "none") not in ("none", "pooling"),
-        "act_head.fill_zero": bool(act.get("fill_zero", False)),
-        "act_head.instr_in_features": act.get("instr_in_features") is not None,
-        "act_head.text_in_features": act.get("text_in_features") is not None,
-    }
-    for key, refused in rare.items():
-        if refused:
-            section, _, leaf = key.rpartition(".")
-            value = act.get(leaf) if section else config.get(leaf)
-            raise UnsupportedPolicyError(
-                f"this policy uses {key} = {value!r}, which jetvla does not build",
-                expected="frozen or LoRA Kosmos-2, `post` history, continuous actions, LSTM head",
-                hint="open an issue with the config if you need it; nothing was written.",
-            )
-
-
 def _refuse_magnitudes(config: dict[str, Any]) -> None:
     """Velocities of which only the size was learned would drive to one side whatever the words say."""
     datasets = config.get("train_dataset")
@@ -252,9 +233,7 @@ def _refuse_magnitudes(config: dict[str, Any]) -> None:
             )
 
 
-def _read_object(path: Path, *, first: Path) -> dict[str, Any]:
-    if path != first and not is_there(path):
-        raise ConfigError(f"{ascii(str(path))[1:-1]} does not exist", got=f"named by {first}", hint="correct the path.")
+def _read_object(path: Path) -> dict[str, Any]:
     value = limited_json(path, error=ConfigError, hint="pass the RoboVLMs training config (.json).")
     if not isinstance(value, dict):
         raise ConfigError(

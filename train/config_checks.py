@@ -18,6 +18,7 @@ from bundle.errors import ConfigError
 from bundle.prompt_template import is_template
 from episodes.reader import CAMERAS
 from train.action_classes import AXES, ClassTable, classes_of_model
+from train.file_names import OTHER, PATHS
 from train.run_config import LoraConfig, RunConfig, SourceConfig
 from train.told import told_problems
 
@@ -168,6 +169,13 @@ def _data_problems(config: RunConfig, table: ClassTable) -> Iterator[Problem]:
     data = config.data
     if not data.sources or not all(source.files for source in data.sources):
         yield "data.sources", "none", "at least one source with files"
+    for index, source in enumerate(data.sources):
+        if source.words.keys() - {*PATHS, OTHER} or not all(map(_says_something, source.words.values())):
+            yield (
+                f"data.sources[{index}].words",
+                dict(source.words),
+                "sentences for some of left, right, straight, other",
+            )
     if not data.actions or len(set(data.actions)) != len(data.actions):
         yield "data.actions", ", ".join(data.actions) or "none", "different names, at least one"
     if tuple(sorted(data.cameras)) not in (("static",), CAMERAS):
@@ -185,6 +193,10 @@ def _data_problems(config: RunConfig, table: ClassTable) -> Iterator[Problem]:
         wanted = AXES if table.hears_turns else AXES[:2]
         if data.actions != wanted:
             yield "data.actions", ", ".join(data.actions), f"{', '.join(wanted)}: the classes are theirs"
+
+
+def _says_something(sentences: tuple[str, ...]) -> bool:
+    return bool(sentences) and all(text.strip() for text in sentences)
 
 
 def _loss_problems(config: RunConfig, count: int) -> Iterator[Problem]:
@@ -219,8 +231,12 @@ def _model_problems(config: RunConfig) -> Iterator[Problem]:
     for key in ("classes", "relabel"):
         if getattr(model, key) and model.head != "classes":
             yield f"model.{key}", ", ".join(getattr(model, key)), 'model.head = "classes" with it'
+    if model.instruction_in_head and model.head != "classes":
+        yield "model.instruction_in_head", "true", 'model.head = "classes" with it'
     if model.packing == "fork_overwrite" and model.latent > 1:
         yield "model.latent", model.latent, "1: fork_overwrite is not defined for more"
+    if model.packing == "fork_overwrite" and model.vision_resampler:
+        yield "model.vision_resampler", "true", "false: under fork_overwrite the image tokens are Kosmos-2's own"
     if not model.freeze_backbone and model.lora.targets != "none":
         yield "model.freeze_backbone", "false", 'model.lora.targets = "none" with it: adapters leave the base frozen'
     yield from _target_problems(model.lora)

@@ -22,7 +22,7 @@ from bundle.prompt_template import takes_words, words_of
 from episodes.instruction import sides_in_name, sides_in_text
 from episodes.reader import Episode, EpisodeWarning
 from train.episode_files import find_files
-from train.file_names import is_straight
+from train.file_names import is_straight, path_of
 from train.recordings import Recordings
 from train.run_config import DataConfig, Kind, SourceConfig
 
@@ -49,6 +49,7 @@ class TrainingEpisode:
         fps: frames per second, or None where the file does not tell.
         action_names: of the A columns.
         source: index into data.sources.
+        words: sentences that mean the same, of which training draws; the first is the instruction. Empty: the instruction alone.
     """
 
     path: Path
@@ -60,6 +61,7 @@ class TrainingEpisode:
     fps: float | None
     action_names: tuple[str, ...] = ("linear_x", "linear_y")
     source: int = 0
+    words: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -150,7 +152,8 @@ def _read(
         warnings.simplefilter("ignore", EpisodeWarning)  # _warn says it for all files at once
         episode = recordings.open(path, schema=source.schema)
     with episode:
-        instruction, assumed = _instruction(episode, source, data.prompt_template)
+        words = _sentences(path, source, data.prompt_template)
+        instruction, assumed = (words[0], False) if words else _instruction(episode, source, data.prompt_template)
         missing = [name for name in names if name not in (*episode.action_names, *optional)]
         if missing:
             raise EpisodeError(
@@ -180,6 +183,7 @@ def _read(
             episode.fps,
             action_names=names,
             source=data.sources.index(source),
+            words=words,
         ), assumed
 
 
@@ -188,11 +192,22 @@ def _instruction(episode: Episode, source: SourceConfig, template: str) -> tuple
     if not takes_words(template):
         return "", False
     text, assumed = _stored(episode, source)
+    return _words(text, template, episode.path), assumed
+
+
+def _sentences(path: Path, source: SourceConfig, template: str) -> tuple[str, ...]:
+    """What the source says of files with such a name; nothing for a policy without words."""
+    texts = source.words.get(path_of(path.stem), ()) if takes_words(template) else ()
+    return tuple(_words(text, template, path) for text in texts)
+
+
+def _words(text: str, template: str, path: Path) -> str:
+    """The text without the template around it, if it carries that."""
     try:
-        return words_of(template, text).strip(), assumed
+        return words_of(template, text).strip()
     except PromptError as error:
         raise EpisodeError(
-            f"{episode.path}: {error.what}",
+            f"{path}: {error.what}",
             got=error.got,
             expected=error.expected,
             hint="set data.prompt_template to the text that the stored instructions carry, or store words alone.",

@@ -118,7 +118,8 @@ class TrainingForward(nn.Module):
         for layer in layers:
             hidden = self._run(layer, hidden)
         hidden = self._run(_action_rows, last, hidden) if latent == 1 else self._run(last, hidden)[:, -latent:]
-        return policy.act_head.reduce(text.layer_norm(hidden))
+        features = policy.act_head.reduce(text.layer_norm(hidden))
+        return policy.act_head.tell(features, text.embed_tokens(policy.padded(prompt)[0])[None])
 
     def _run(self, function: Any, *arguments: Any) -> Tensor:
         if self._recompute and self.policy.training:

@@ -12,19 +12,26 @@ from numpy.typing import NDArray
 
 from train.run_config import SourceConfig
 
+PATHS = ("left", "right", "straight")
+OTHER = "other"
 _STRAIGHT_SPEED = 0.3  # m/s: slower, or more than this to a side, is not driving straight ahead
 
 
 def path_type_of(stem: str) -> str:
     """`straight`, `left`, `right` or `other`, by the first of these words that a file's name holds."""
-    return next((word for word in ("straight", "left", "right") if word in stem), "other")
+    return next((word for word in ("straight", "left", "right") if word in stem), OTHER)
 
 
 def family_of(stem: str) -> str:
     """What stands between `_target_` and `_path` in a file's name, such as `left_straight`; `other` where nothing does."""
     _, target, rest = stem.partition("_target_")
     family, path, _ = rest.partition("_path")
-    return family if target and path else "other"
+    return family if target and path else OTHER
+
+
+def path_of(stem: str) -> str:
+    """`left`, `right` or `straight`, the first that stands right before `_path` in a file's name; `other` where none does."""
+    return next((word for word in PATHS if f"{word}_path" in stem), OTHER)
 
 
 def named(stem: str, source: SourceConfig) -> bool:

@@ -126,5 +126,5 @@ def as_recorded(episode: int) -> View:
 
 def instructions_of(episodes: Sequence[TrainingEpisode]) -> tuple[str, ...]:
     """Every instruction that training or validation can meet: as recorded, mirrored, in other words; in the order of first use."""
-    texts = [episode.instruction for episode in episodes]
+    texts = [text for episode in episodes for text in (episode.instruction, *episode.words)]
     return tuple(dict.fromkeys([*texts, *map(mirror_text, texts), *map(other_words, texts)]))

@@ -9,6 +9,7 @@ Face names Kosmos-2, with the parts of adapters (`lora_A.weight`, `lora_B.weight
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -24,15 +25,18 @@ _LONE = re.compile(r"\.(lora_embedding_[AB]|lora_magnitude_vector)\.([^.]+)(?:\.
 _SAVED = re.compile(r"\.modules_to_save\.([^.]+)\.")
 _BACKBONE_ROOTS = ("text_model.", "vision_model.", "image_to_text_projection.")
 
-# Not weights of the policy: recomputed tables, the unused language-model head (tied to the embedding), training-loss buffers, the
-# second name that upstream gives to the action head, and the CLIP of its clip-norm loss, which inference never enters.
+# What losses alone are computed with: upstream's CLIP of the clip-norm loss, the lab's heads for box and place of a target, and its
+# weights of losses. Inference never enters them.
+_LOSSES = re.compile(r"^(clip_norm_head\.|grounding_bbox_head\.|grounding_coarse_head\.|loss_balance_(?:logits|ema)$)")
+# Not weights of the policy: recomputed tables, the unused language-model head (tied to the embedding), training-loss buffers, and the
+# second name that upstream gives to the action head.
 _IGNORED = (
     re.compile(r"(^|\.)position_ids$"),
     re.compile(r"\.embed_positions\.weights$"),
     re.compile(r"^lm_head\."),
     re.compile(r"^backbone\.text_model\.lm_head\.weight$"),
     re.compile(r"\.original_module\."),  # what a module was before `modules_to_save` trained it
-    re.compile(r"^clip_norm_head\."),
+    _LOSSES,
     re.compile(r"^act_head\.(class_weights_tensor|target_class_prior_tensor)$"),
 )
 
@@ -81,6 +85,12 @@ def map_keys(raw_keys: Iterable[str]) -> KeyMap:
         else:
             names.setdefault(name, []).append(raw)
     return KeyMap({name: tuple(keys) for name, keys in names.items()}, tuple(ignored), frozenset(adapters))
+
+
+def loss_modules(raw_keys: Iterable[str]) -> Counter[str]:
+    """Modules among raw keys that losses alone are computed with, and how many tensors each has."""
+    found = (_LOSSES.match(canonical(raw)) for raw in raw_keys)
+    return Counter(match[1].removesuffix(".") for match in found if match)
 
 
 def _adapter_names(raw: str) -> set[str]:

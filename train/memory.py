@@ -52,6 +52,7 @@ class ParameterCounts:
     Attributes:
         total: all parameters.
         trained: those that train.
+        held: those that a small checkpoint holds: what trains, and what no base directory has.
         vision: those of vision tower and projection that train.
         half: weights that gradients pass through, of which mixed precision keeps a copy.
         parts: what trains, by part.
@@ -60,6 +61,7 @@ class ParameterCounts:
 
     total: int
     trained: int
+    held: int
     vision: int
     half: int
     parts: tuple[ParameterGroup, ...]
@@ -112,6 +114,7 @@ def count_parameters(kosmos: Kosmos2Config, config: RunConfig) -> ParameterCount
     return ParameterCounts(
         total=sum(sizes.values()),
         trained=sum(sizes[name] for name in trained),
+        held=sum(size for name, size in sizes.items() if name in trained or not name.startswith("backbone.")),
         vision=vision,
         half=sum(size for name, size in sizes.items() if name.startswith(passed)),
         parts=groups_of({name: sizes[name] for name in trained}),

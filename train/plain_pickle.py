@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from bundle.reading_limits import PICKLE_BYTES, PICKLE_STEPS, TENSOR_DIMENSIONS
+from bundle.reading_limits import PICKLE_COPIES, PICKLE_STEPS, TENSOR_DIMENSIONS
 
 _COUNT_BITS = 48
 _DTYPES = (
@@ -235,7 +235,7 @@ class _Machine:
         for argument in arguments:
             # What is taken from the memo and copied again and again grows without the file growing.
             self._copied += len(argument) if isinstance(argument, _SIZED) else 0
-        if self._copied > PICKLE_BYTES:
+        if self._copied > PICKLE_COPIES:
             raise NotPlainError("a pickle that grows when it is read")
         return _CALLS[callee.name](*arguments)
 
@@ -366,6 +366,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _ordered,
     "collections.Counter": _counter,
     "builtins.set": _set,
+    "builtins.bytes": _bytearray,
     "builtins.bytearray": _bytearray,
     "builtins.complex": _complex,
     "_codecs.encode": _bytes,

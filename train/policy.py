@@ -78,6 +78,15 @@ class KosmosPolicy(nn.Module):
             self.vision_resampler = VisionResampler(width, latents=kosmos.latent_query_num)
         self.act_head = ActionHead(spec.head, width=width, chunk=spec.chunk)
 
+    @property
+    def resamples(self) -> bool:
+        """Whether RoboVLMs' own resampler gives the image tokens.
+
+        Where the fork's code overwrites slots, Kosmos-2 puts its own image tokens there: the resampler's were made for the row that failed,
+        and are thrown away with it.
+        """
+        return self.spec.vision_resampler and self.conventions.packing == "upstream"
+
     def image_tokens(self, pixels: Tensor) -> Tensor:
         """Normalised frames [N, 3, s, s] to image tokens [N, latents, D]."""
         vision = self.backbone.vision_model.model
@@ -91,7 +100,7 @@ class KosmosPolicy(nn.Module):
             # What sdpa's is_causal means for unequal lengths: latent i sees keys 0..i.
             mask = torch.full((latents.shape[1], keys.shape[1]), torch.finfo(x.dtype).min, device=x.device).triu(1)
         tokens: Tensor = projection.x_attn(hidden_states=latents, encoder_hidden_states=keys, attention_mask=mask)[0]
-        return self.vision_resampler(tokens) if self.spec.vision_resampler else tokens
+        return self.vision_resampler(tokens) if self.resamples else tokens
 
     def padded(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         """A prompt [L] as long as the policy's prompts are, and its mask: padding on the right, masked.
@@ -150,7 +159,8 @@ class KosmosPolicy(nn.Module):
             inputs_embeds=embeds, attention_mask=attention, use_cache=False
         ).last_hidden_state
         cameras = images.shape[1] // self.kosmos.latent_query_num
-        return self.act_head.reduce(hidden[:, self.action_slots(token_ids.shape[1], cameras)])
+        features = self.act_head.reduce(hidden[:, self.action_slots(token_ids.shape[1], cameras)])
+        return self.act_head.tell(features, self.backbone.text_model.model.embed_tokens(token_ids))
 
     def forward(self, pixels: Tensor, token_ids: Tensor, mask: Tensor) -> Tensor:
         """Windows [B, l, cameras, 3, s, s] and prompts [B, L] to action chunks [B, l, n, A] (all l steps, zero initial state)."""

@@ -207,11 +207,10 @@ def _disk(
     """What goes where; items of one file system share its free space."""
     config = loaded.config
     train, val = gathered.train, gathered.val
-    small = _FLOAT * counts.trained
     # A file is complete before it replaces the old one, so one more of each kind is needed.
     kept = {
-        "checkpoints": (config.loop.keep_best + 2) * small,
-        "state to resume from": 2 * _STATE * small,
+        "checkpoints": (config.loop.keep_best + 2) * _FLOAT * counts.held,
+        "state to resume from": 2 * _STATE * _FLOAT * counts.trained,
         **({"checkpoint in RoboVLMs' layout": _FLOAT * counts.total} if config.output.lightning else {}),
     }
     cached = {"resized frames": gathered.store.bytes_needed(gathered.episodes)}

@@ -70,8 +70,10 @@ def check_words(plan: Plan, config: RunConfig) -> Iterator[Problem]:
 def check_packing(plan: Plan, config: RunConfig) -> Iterator[Problem]:
     """The policy can see what it is told."""
     if config.model.packing == "fork_overwrite":
+        told = config.model.instruction_in_head
         yield _warning(
-            "model.packing fork_overwrite: the policy will not see the words of its instruction",
+            "model.packing fork_overwrite: the policy will not see the words of its instruction"
+            + (", but hear their mean in its head" if told else ""),
             "leave model.packing out, unless this run is to reproduce one of the fork's.",
         )
 

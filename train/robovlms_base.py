@@ -21,11 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bundle.atomic import disk_errors, exclusive, staged_directory
-from bundle.errors import CheckpointError
+from bundle.errors import CheckpointError, ConfigError
 from bundle.hashing import sha256_file
 from train.base import base_weights, read_base_config
 from train.checkpoint import LoadedPolicy, load
 from train.checkpoint_file import RawCheckpoint, read_raw
+from train.config import read_json
 from train.keys import lora_modules, map_keys
 from train.lora_targets import adapted_modules
 from train.run_config import BaseConfig, LoraConfig
@@ -71,7 +72,7 @@ def starting_point(base: BaseConfig, lora: LoraConfig, *, root: Path, folder: Pa
     weights = root / base.weights
     digest = sha256_file(weights)
     kept = lora if base.take == "policy" else None
-    target = folder / f"{weights.stem}-{_key(digest, model, kept)}"
+    target = folder / f"{weights.stem}-{_key(digest, weights, model, kept)}"
     if not (target / _STORY_NAME).exists():
         _make(target, weights, model, kept)
     return StartingPoint(target, weights, digest, json.loads((target / _STORY_NAME).read_text(encoding="utf-8")))
@@ -95,13 +96,27 @@ def _make(target: Path, weights: Path, model: Path, lora: LoraConfig | None) -> 
                 (staging / _STORY_NAME).write_text(json.dumps(story), encoding="utf-8")
 
 
-def _key(digest: str, model: Path, lora: LoraConfig | None) -> str:
-    """Hash of all that decides the directory's content; weights of `model` fill in what a checkpoint leaves out."""
+def _key(digest: str, weights: Path, model: Path, lora: LoraConfig | None) -> str:
+    """Hash of all that decides the directory's content; weights of `model` fill in what a checkpoint leaves out.
+
+    A config beside the checkpoint says how strongly its adapters act, so correcting it is another directory.
+    """
     files = [*(model / name for name in _COPIED), *sorted(model.glob("model*.safetensors"))]
     hashes = [digest, *(sha256_file(path) if path.exists() else "" for path in files)]
+    if beside := _config_beside(weights):
+        hashes.append(beside)
     if lora is not None:
         hashes.append(msgspec.json.encode(lora).decode())
     return hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:_NAME_DIGITS]
+
+
+def _config_beside(weights: Path) -> str | None:
+    """The training config that a checkpoint without its own is read with; None where there is none, or none that can be read."""
+    found = (path for path in (weights.with_suffix(".json"), weights.parent / "config.json") if path.exists())
+    try:
+        return json.dumps(read_json(next(found)), sort_keys=True)
+    except (StopIteration, ConfigError):
+        return None
 
 
 def _backbone(weights: Path, model: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:

@@ -18,6 +18,7 @@ from train.robovlms_data import augment_settings, box_annotations, data_settings
 from train.robovlms_heads import class_settings, prompt_settings
 from train.robovlms_keys import LabConfig, Notes
 from train.robovlms_lora import lora_settings
+from train.robovlms_variants import names_kosmos
 from train.robovlms_weights import weights_settings
 
 __all__ = ["Notes", "from_robovlms", "is_robovlms"]
@@ -79,13 +80,29 @@ def _loss(lab: LabConfig, head: str) -> dict[str, Any]:
     if head == "classes":
         if not (stated["prior_weight"] and stated["class_prior"]):
             stated |= {"prior_weight": 0.0, "class_prior": ()}
+        else:
+            stated["prior_weight"] = _prior_weight(lab, stated["prior_weight"])
         return {"class_weights": weights, **stated}
     return {"gripper_ratio": ratio} if head == "actions_gripper" else {"non_forward": weight}
 
 
+def _prior_weight(lab: LabConfig, written: float) -> float:
+    """What the prior counts beside the cross-entropy in the lab's sum.
+
+    Its head reports loss = ce + w prior under two names, and ce and prior once more; its trainer adds up all of them: 3 ce + (2 w + 1)
+    prior. Three times the loss is the same step of AdamW.
+    """
+    counts = round((2 * written + 1) / 3, 6)
+    lab.assume(
+        f"act_head.prior_reg_weight {written:g} counts as {counts:g}: the lab's trainer adds up all that its head reports, the prior by "
+        "itself among it (loss.prior_weight)"
+    )
+    return counts
+
+
 def _policy(values: Mapping[str, Any], lab: LabConfig, origin: str) -> PolicySpec:
     """What the exporter's reader makes of the config, and the refusal of what we cannot train."""
-    lab.refuse(*_refused(lab))
+    lab.refuse(*_refused(lab, values))
     lab.require_all(*_NEEDED)
     plain = copy.deepcopy(dict(values))
     kind = lab.get("act_head.type")
@@ -117,9 +134,14 @@ def _policy(values: Mapping[str, Any], lab: LabConfig, origin: str) -> PolicySpe
     return spec
 
 
-def _refused(lab: LabConfig) -> list[tuple[str, object, str]]:
-    """What no single key says: pooling over several tokens, and box annotations that are really there."""
+def _refused(lab: LabConfig, values: Mapping[str, Any]) -> list[tuple[str, object, str]]:
+    """What no single key says: another backbone, pooling over several tokens, and box annotations that are really there."""
     found: list[tuple[str, object, str]] = []
+    model = lab.get("model")
+    if model is not None and not names_kosmos(model, values):
+        found.append(("model", model, "kosmos: Kosmos-2 is the backbone"))
+    elif model not in (None, "kosmos"):
+        lab.assume(f"model {model} is a name of folders only: robovlm_name says that the backbone is Kosmos-2")
     sampling = lab.get("act_head.down_sample", "none")
     if sampling == "pooling" and lab.get("act_head.latent", 1) > 1:
         found.append(("act_head.down_sample", sampling, "none, where act_head.latent is more than 1"))
@@ -156,8 +178,7 @@ def _model(lab: LabConfig, spec: PolicySpec) -> dict[str, Any]:
         "gradient_checkpointing": lab.get(setup + "gradient_checkpointing", False),
         "train_text_embedding": lab.get(setup + "train_text_embedding", False),
         "train_projection": _tunes_projection(lab),
-        "vision_resampler": lab.get("use_vision_resampler", False),
-        "freeze_resampler": lab.get("use_vision_resampler", False) and lab.get(setup + "freeze_resampler", False),
+        **_resampler(lab),
         "lora": {"targets": "none"},
     }
     if spec.fork and lab.get("jetvla.packing") is None:
@@ -180,6 +201,16 @@ def _model(lab: LabConfig, spec: PolicySpec) -> dict[str, Any]:
     if not frozen and layers > 0:
         model["train_decoder_layers"] = layers
     return model
+
+
+def _resampler(lab: LabConfig) -> dict[str, Any]:
+    """RoboVLMs' own resampler, where its row is used."""
+    if not lab.get("use_vision_resampler", False):
+        return {}
+    if lab.get("jetvla.packing") == "fork_overwrite":
+        lab.assume("use_vision_resampler has no effect: under fork_overwrite the image tokens are Kosmos-2's own")
+        return {}
+    return {"vision_resampler": True, "freeze_resampler": lab.get("train_setup.freeze_resampler", False)}
 
 
 def _tunes_projection(lab: LabConfig) -> bool:
@@ -225,6 +256,20 @@ def _optimizer(lab: LabConfig) -> dict[str, Any]:
     }
 
 
+def _processes(lab: LabConfig) -> int:
+    """How many batches a micro-step of the original had: one on each GPU."""
+    gpus, nodes = lab.get("gpus", 1), lab.get("num_nodes", 1)
+    each = len(gpus) if isinstance(gpus, list) else gpus
+    if isinstance(each, str) or each < 1 or nodes < 1:
+        lab.assume(f"gpus {gpus}: taken for one; the original's step had a batch for each (loop.accumulate)")
+        return 1
+    if each * nodes > 1:
+        lab.assume(
+            f"gpus and num_nodes: a step is the batches of {each * nodes} processes, however many there are here (loop.accumulate)"
+        )
+    return each * nodes
+
+
 def _loop(lab: LabConfig, *, fork: bool) -> dict[str, Any]:
     precision = str(lab.get("trainer.precision", "32"))
     if precision not in _PRECISIONS:
@@ -233,7 +278,7 @@ def _loop(lab: LabConfig, *, fork: bool) -> dict[str, Any]:
         lab.assume(f"trainer.precision {precision} is trained in mixed precision: weights stay fp32")
     loop: dict[str, Any] = {
         "batch_size": lab.get("batch_size", 1),
-        "accumulate": lab.get("trainer.accumulate_grad_batches", 1),
+        "accumulate": lab.get("trainer.accumulate_grad_batches", 1) * _processes(lab),
         "precision": _PRECISIONS[precision],
         "workers": lab.get("num_workers", 0),
         "seed": lab.get("seed", 0),

@@ -12,8 +12,10 @@ from typing import Any, Literal
 from episodes.reader import CAMERAS
 from episodes.resize import ResizeFilter
 from train.config import PolicySpec
+from train.robovlms_classes import NAV, V5_KEYS, letterboxed, loader_of
 from train.robovlms_heads import ClassSettings
 from train.robovlms_keys import LabConfig
+from train.robovlms_prompt import override_words
 
 _AXES = ("linear_x", "linear_y", "angular_z")
 _PIXEL_NORMS = {
@@ -21,6 +23,7 @@ _PIXEL_NORMS = {
     "none": ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0]),
 }
 _NAV_LEAST = 10  # frames of an episode that NavDataset reads
+_TRAINS, _NAV_TRAINS = 0.8, 0.9  # share of the files where the config says none, of the fork's loader and of NavDataset
 _CROP = 0.1  # the fork draws areas of 80 to 100 %, which are sides of about 90 to 100 %
 _JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.3, "hue": 0.1}
 _NAV_JITTER = _JITTER | {"saturation": 0.4}
@@ -29,7 +32,17 @@ _NAV_JITTER = _JITTER | {"saturation": 0.4}
 def is_h5(lab: LabConfig) -> bool:
     """Whether the fork's loader of H5 episodes was to read the data."""
     kinds = [str(lab.get(f"{path}.type")) for path in lab.datasets("train_dataset")]
-    return any(kind == "NavDataset" or kind.startswith("MobileVLA") for kind in kinds)
+    return any(kind == NAV or kind.startswith("MobileVLA") for kind in kinds)
+
+
+def _is_nav(lab: LabConfig, path: str) -> bool:
+    """Whether the lab's NavDataset reads a dataset."""
+    return loader_of(lab.dataset(path)) == NAV
+
+
+def _any_nav(lab: LabConfig) -> bool:
+    """Whether it reads any of them."""
+    return any(_is_nav(lab, path) for path in lab.datasets("train_dataset"))
 
 
 def data_settings(lab: LabConfig, spec: PolicySpec, words: dict[str, Any], classes: ClassSettings) -> dict[str, Any]:
@@ -73,7 +86,7 @@ def augment_settings(lab: LabConfig, actions: Sequence[str]) -> dict[str, Any]:
     def most(key: str) -> float:
         return max([lab.get(f"{path}.{key}", 0) for path in paths], default=0)
 
-    nav = any(lab.get(f"{path}.type") == "NavDataset" for path in paths)
+    nav = _any_nav(lab)
     augment: dict[str, Any] = {}
     if most("augment"):
         augment["mirror"] = 0.5
@@ -110,8 +123,18 @@ def _resize(lab: LabConfig, spec: PolicySpec) -> ResizeFilter:
     modes = {lab.get(f"{path}.resize_mode", "direct") for path in paths}
     if len(modes) > 1 or not modes <= {"direct", "letterbox"}:
         raise lab.unusable("train_dataset", expected="one resize_mode, direct or letterbox")
-    if modes == {"letterbox"} and any(lab.get(f"{path}.use_random_crop", False) for path in paths):
-        lab.assume("resize_mode letterbox: the loader leaves it out where use_random_crop crops; here both are done")
+    kept = {letterboxed(lab.dataset(path)) for path in paths}
+    if len(kept) > 1:
+        raise lab.unusable("train_dataset", expected="the same use_random_crop in all, where they are letterboxed")
+    if modes == {"letterbox"} and kept == {False}:
+        because = (
+            "the lab's loader leaves it out where use_random_crop crops" if _any_nav(lab) else f"{NAV} alone reads it"
+        )
+        lab.assume(f"without effect: resize_mode letterbox; {because}")
+    if kept == {True} and any(lab.get(f"{path}.use_color_jitter", False) for path in paths):
+        lab.assume(
+            "resize_mode letterbox: colours change after it, those of its bars as well; in the loader bars stay black"
+        )
     return spec.resize
 
 
@@ -146,7 +169,14 @@ def _axes(spec: PolicySpec, lab: LabConfig) -> tuple[str, ...]:
 def _source(lab: LabConfig, path: str) -> dict[str, Any]:
     """One dataset as a source: its files, and which of them."""
     source: dict[str, Any] = {"files": [_files(lab, path)]}
-    least = lab.get(f"{path}.min_episode_frames", _NAV_LEAST if lab.get(f"{path}.type") == "NavDataset" else 0)
+    keys = ("type", "instruction_preset", "instruction_override", *V5_KEYS)
+    words = override_words({key: lab.get(f"{path}.{key}") for key in keys if lab.has(f"{path}.{key}")})
+    if words:
+        source["words"] = words
+        lab.assume(
+            f"{path}.instruction_override: an episode is told one of its sentences in an epoch; the loader draws for each window"
+        )
+    least = lab.get(f"{path}.min_episode_frames", _NAV_LEAST if _is_nav(lab, path) else 0)
     filters = {
         "exclude": tuple(lab.get(f"{path}.exclude_path_types", ())),
         "families": tuple(lab.get(f"{path}.include_path_families", ())),
@@ -194,6 +224,8 @@ def _pixel_norm(lab: LabConfig, *, fork: bool) -> str:
     ours: str | None = lab.get("jetvla.pixel_norm")
     if ours is not None:
         return ours
+    if _any_nav(lab):
+        return "clip"  # whatever image_mean and image_std say
     if fork:
         lab.assume(
             "pixels: before February 2026 the fork's loader subtracted no mean whatever image_mean says (data.pixel_norm)"
@@ -207,21 +239,25 @@ def _pixel_norm(lab: LabConfig, *, fork: bool) -> str:
 def _note_datasets(lab: LabConfig, data: dict[str, Any], *, fork: bool) -> None:
     """The share that validates, and where the fork's loader does what ours does not."""
     paths = lab.datasets("train_dataset")
-    shares = {lab.get(f"{path}.train_split", 0.8) for path in paths}
+    shares = {lab.get(f"{path}.train_split", _NAV_TRAINS if _is_nav(lab, path) else _TRAINS) for path in paths}
     data["val_share"] = round(1 - max(shares), 6)
     if fork:
+        drawn = "leaves out those with a chunk beyond the end" if _any_nav(lab) else "draws fewer at random"
         lab.assume(
             "the split is drawn by episode, left and right alike; the fork's is by sorted file name (data.split)"
         )
-        lab.assume(
-            "an epoch is every window once; the fork draws fewer at random: T - W - n + 1 for an episode of T frames"
-        )
+        lab.assume(f"an epoch is every window once; the loader {drawn}: T - W - n + 1 for an episode of T frames")
+        if not _any_nav(lab):
+            lab.assume(
+                "a file without a sentence is told the one for the side in its name; since February 2026 the fork's loader draws one of "
+                "five there (data.sources.words)"
+            )
     for path in paths:
         for key in ("window_size", "fwd_pred_next_n"):
             if (inner := lab.get(f"{path}.{key}", lab.get(key))) != lab.get(key):
                 lab.assume(f"{path}.{key} {inner} differs from {key} {lab.get(key)}, which counts")
         preset = lab.get(f"{path}.instruction_preset")
-        if preset is not None and lab.get(f"{path}.type") != "NavDataset":
+        if preset is not None and not _is_nav(lab, path):
             lab.assume(
                 f"{path}.instruction_preset {preset}: the loader draws sentences that stand in its code; here the words are those of "
                 "the files"

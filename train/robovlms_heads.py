@@ -38,7 +38,10 @@ def class_settings(lab: LabConfig, spec: PolicySpec, values: Mapping[str, Any]) 
     for path in (*lab.datasets("train_dataset"), *lab.datasets("val_dataset")):
         lab.get(f"{path}.num_classes")
     stated, folded = lab.get("jetvla.classes"), lab.get("jetvla.relabel", {})
+    width = lab.get("act_head.instr_in_features")
     if spec.head.kind != "classes":
+        if width is not None:
+            lab.assume("act_head.instr_in_features has no effect: class heads alone read it")
         return ClassSettings()
     hint = 'state the order that the run had in the config: "jetvla": {"classes": ["Stop", "F", "TurnL=0,0,0.5"]}'
     order = class_order(values, spec.head.outputs)
@@ -57,6 +60,12 @@ def class_settings(lab: LabConfig, spec: PolicySpec, values: Mapping[str, Any]) 
         lab.assume(f"classes: frames are labelled as that loader does, {told}")
     table = parse_classes(names, relabel=relabel, hint=hint)
     settings: dict[str, Any] = {"classes": names} | ({"relabel": relabel} if relabel else {})
+    if spec.head.told:
+        settings["instruction_in_head"] = True
+        lab.assume(
+            "act_head.instr_in_features: the head is told the mean of the prompt's word embeddings, padding included, as the lab's package "
+            "does; where its loader finds embeddings of episodes in a file, they are not read"
+        )
     return ClassSettings(settings, AXES if table.hears_turns else AXES[:2])
 
 

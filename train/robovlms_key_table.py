@@ -14,6 +14,7 @@ from typing import Any
 WHOLE, NUMBER, TEXT, FLAG = "a whole number", "a finite number", "a text", "true or false"
 NUMBERS, TEXTS, TEXT_OR_WHOLE = "a list of numbers", "a list of texts", "a text or a whole number"
 TEXT_OR_TEXTS = "a text or a list of texts"
+DEVICES = "a whole number, a list of them, or a text"
 SECTION, SECTIONS = "an object", "an object, or a list of objects"
 DATASETS = ("train_dataset", "val_dataset")
 
@@ -45,15 +46,17 @@ ACTS: dict[str, str] = {
     **_keys(WHOLE, "window_size fwd_pred_next_n seed batch_size num_workers warmup_steps"),
     **_keys(NUMBER, "learning_rate min_lr_scale weight_decay warmup_epochs gradient_clip_val"),
     **_keys(NUMBER, "arm_gripper_loss_ratio norm_min norm_max mu_val"),
-    **_keys(TEXT, "robovlm_name exp_name task_name trainer_type scheduler output_root"),
+    **_keys(TEXT, "model robovlm_name exp_name task_name trainer_type scheduler output_root"),
     **_keys(TEXT, "model_load_path model_load_source pretrained_vlm_path resume"),
     **_keys(FLAG, "use_hand_rgb use_vision_resampler load_vlm_only norm_action"),
     **_keys(NUMBERS, "image_mean image_std"),
+    **_keys(DEVICES, "gpus"),
+    **_keys(WHOLE, "num_nodes"),
     **_keys(SECTION, "act_head train_setup vlm trainer jetvla quantization grounding_aux"),
     **_keys(SECTIONS, "train_dataset val_dataset"),
     **_keys(TEXT, "pretrained_model_name_or_path", section="vlm."),
     **_keys(TEXT, "type down_sample", section="act_head."),
-    **_keys(WHOLE, "hidden_size num_layers action_dim num_classes latent", section="act_head."),
+    **_keys(WHOLE, "hidden_size num_layers action_dim num_classes latent instr_in_features", section="act_head."),
     **_keys(NUMBERS, "class_weights target_class_prior", section="act_head."),
     **_keys(NUMBER, "label_smoothing prior_reg_weight action_weight_non_forward", section="act_head."),
     **_keys(
@@ -91,7 +94,6 @@ DATASET_ACTS: dict[str, str] = {
 
 _ONE_LOSS = "actions are all that is learned"
 REFUSED: dict[str, Refused] = {
-    "model": Refused(TEXT, lambda value: value == "kosmos", "kosmos: Kosmos-2 is the backbone"),
     "image_size": Refused(WHOLE, lambda value: value == 224, "224, the size of Kosmos-2's position table"),
     "use_mu_law": Refused(FLAG, _off, "actions on a linear scale"),
     "use_clip_norm": Refused(
@@ -106,8 +108,9 @@ REFUSED: dict[str, Refused] = {
     "act_head.action_space": Refused(TEXT, lambda value: value == "continuous", "continuous"),
     "act_head.history_type": Refused(TEXT, lambda value: value == "post", "post: the LSTM sees the history"),
     "act_head.fill_zero": Refused(FLAG, _off, "a history that starts empty"),
-    "act_head.instr_in_features": Refused(WHOLE, _off, "words reach the head through the backbone alone"),
-    "act_head.text_in_features": Refused(WHOLE, _off, "words reach the head through the backbone alone"),
+    "act_head.text_in_features": Refused(
+        WHOLE, _off, "words reach the head through the backbone, or as their mean with act_head.instr_in_features"
+    ),
     "act_head.policy_rnn_dropout_p": Refused(NUMBER, _off, "0: an LSTM without dropout"),
     "train_setup.reinit": Refused(FLAG, _off, "false: training starts from Kosmos-2's weights"),
     "train_setup.predict_action": Refused(FLAG, bool, "true: actions are what is learned"),
@@ -161,7 +164,7 @@ NO_EFFECT: dict[str, str] = {
     ),
     **_unread("RoboVLMs builds its resampler with numbers of its own", "vision_resampler"),
     **_unread("output_root is the folder of everything", "log_root cache_root log_dir output_dir"),
-    **_unread(_PROCESSES, "deepspeed_config gpus num_nodes accelerator strategy"),
+    **_unread(_PROCESSES, "deepspeed_config accelerator strategy"),
     **_unread("act_head.type says whether the head has classes", "discrete_action discrete_action_history"),
     **_unread(_COUNTS.format("act_head.num_classes"), "num_classes"),
     **_unread(_COUNTS.format("trainer.max_epochs"), "max_epochs"),
@@ -193,10 +196,12 @@ NO_EFFECT: dict[str, str] = {
     **_unread(
         _LIGHTNING,
         "accelerator strategy logger use_distributed_sampler log_every_n_steps val_check_interval check_val_every_n_epoch "
-        "limit_val_batches num_sanity_val_steps devices num_nodes default_root_dir enable_checkpointing",
+        "limit_val_batches num_sanity_val_steps default_root_dir enable_checkpointing",
         section="trainer.",
     ),
     **_unread("that of the top level counts", "batch_size learning_rate", section="trainer."),
+    **_unread(_COUNTS.format("gpus"), "devices", section="trainer."),
+    **_unread("that of the top level counts", "num_nodes", section="trainer."),
 }
 DATASET_NO_EFFECT: dict[str, str] = {
     **_unread(

@@ -78,6 +78,10 @@ class LabConfig:
         value = self._leaves.get(path)
         return default if value is None else value
 
+    def has(self, path: str) -> bool:
+        """Whether the key is there, null included."""
+        return path in self._leaves
+
     def require(self, path: str) -> Any:
         """The value.
 
@@ -130,6 +134,13 @@ class LabConfig:
         if isinstance(value, list):
             return tuple(f"{key}[{index}]" for index in range(len(value)))
         return () if value is None else (key,)
+
+    def dataset(self, path: str) -> Mapping[str, Any]:
+        """The object at a path of `datasets`; reads none of its keys."""
+        key, bracket, index = path.partition("[")
+        value = self._values[key]
+        found: Mapping[str, Any] = value[int(index.rstrip("]"))] if bracket else value
+        return found
 
     def refuse(self, *others: tuple[str, object, str]) -> None:
         """Refuse all that asks for what jetvla does not do, at once.
@@ -242,5 +253,9 @@ def _fits(value: object, kind: str) -> bool:
             return isinstance(value, str) or _fits(value, WHOLE)
         case "a text or a list of texts":
             return isinstance(value, str) or _fits(value, TEXTS)
+        case "a whole number, a list of them, or a text":
+            return isinstance(value, str) or all(
+                _fits(item, WHOLE) for item in (value if isinstance(value, list) else [value])
+            )
         case _:
             return isinstance(value, dict)

@@ -60,6 +60,8 @@ def checkpoint_config(run: RunConfig, policy: KosmosPolicy, facts: TrainingFacts
         "norm_action": spec.normalized,
         SECTION: msgspec.to_builtins(facts),
     }
+    if spec.head.told:
+        settings["act_head.instr_in_features"] = policy.kosmos.text_config.embed_dim
     return robovlms_config(
         RobovlmsRun(
             head=spec.head,
@@ -83,6 +85,12 @@ def trained_state(policy: KosmosPolicy) -> dict[str, Tensor]:
     return {canonical(name): p.detach() for name, p in policy.named_parameters() if p.requires_grad}
 
 
+def held_state(policy: KosmosPolicy) -> dict[str, Tensor]:
+    """Canonical name -> parameter of everything that trains, or that no base directory holds, such as a frozen vision resampler."""
+    named = {canonical(name): p for name, p in policy.named_parameters()}
+    return {name: p.detach() for name, p in named.items() if p.requires_grad or not name.startswith("backbone.")}
+
+
 def save_policy(path: Path, policy: KosmosPolicy, config: dict[str, Any], facts: TrainingFacts) -> None:
     """Write jetvla's small format atomically.
 
@@ -94,7 +102,7 @@ def save_policy(path: Path, policy: KosmosPolicy, config: dict[str, Any], facts:
         "packing": facts.packing,
         "x_attn_causal": "true" if facts.x_attn_causal else "false",
     }
-    state = {name: tensor.cpu().contiguous() for name, tensor in trained_state(policy).items()}
+    state = {name: tensor.cpu().contiguous() for name, tensor in held_state(policy).items()}
     with replacing(path) as temporary:
         try:
             save_file(state, temporary, small_metadata(config, recorded))

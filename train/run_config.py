@@ -56,6 +56,8 @@ class SourceConfig(_Strict, frozen=True):
         kind: what they are; the run records how many frames of each kind it saw.
         schema: of HDF5 files, where it is recognised wrongly.
         instruction: what the robot was told, for files that do not say.
+        words: sentences that mean the same, by the path in a file's name: `left`, `right`, `straight` (as in `left_path`), else `other`.
+            They replace what the files say: an episode is told one of them in an epoch, and in validation the first.
         exclude: files whose name holds one of these are left out.
         families: only files of these; a family is what stands between `_target_` and `_path` in a name.
         least_frames: shorter episodes are left out.
@@ -69,6 +71,7 @@ class SourceConfig(_Strict, frozen=True):
     kind: Kind = "real"
     schema: Literal["v1", "v5", "v6"] | None = None
     instruction: str | None = None
+    words: dict[str, tuple[str, ...]] = {}
     exclude: tuple[str, ...] = ()
     families: tuple[str, ...] = ()
     least_frames: NotNegative = 0
@@ -193,6 +196,8 @@ class ModelConfig(_Strict, frozen=True):
         train_vision: train the vision tower too.
         train_text_embedding: train the word embeddings too.
         train_projection: train the projection of image features, with its resampler, too.
+        instruction_in_head: tell a classes head the instruction too, as the lab's act_head.instr_in_features does: the mean of its word
+            embeddings, projected, is added to every feature.
         vision_resampler: put RoboVLMs' resampler of six layers behind Kosmos-2's, as its use_vision_resampler does.
         freeze_resampler: leave it as it starts; useful with weights to start from only.
         train_decoder_layers: of an unfrozen backbone, only the last so many text layers.
@@ -213,6 +218,7 @@ class ModelConfig(_Strict, frozen=True):
     train_vision: bool = False
     train_text_embedding: bool = False
     train_projection: bool = False
+    instruction_in_head: bool = False
     vision_resampler: bool = False
     freeze_resampler: bool = False
     train_decoder_layers: Positive | None = None

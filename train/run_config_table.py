@@ -121,8 +121,6 @@ def _values(annotation: Any) -> str:
         return ", ".join(f"`{option}`" for option in options)
     if origin in (typing.Union, UnionType):
         return " or ".join(_values(option) for option in options if option is not NoneType)
-    if origin is dict:
-        return "table of texts"
     if origin is tuple:
         words = [_values(option) for option in options if option is not Ellipsis]
         # "list of numbers >= 0"

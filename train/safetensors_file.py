@@ -6,6 +6,7 @@ the file, without holes and overlaps, is its own check. The format has no checks
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,10 @@ def read_header(
         error: as `read_safetensors`.
     """
     with open_regular(path, error=error, hint=hint) as file:
-        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-        size = file.seek(0, 2)
+        try:
+            length, size = int.from_bytes(file.read(_LENGTH_BYTES), "little"), file.seek(0, io.SEEK_END)
+        except OSError as problem:  # files that the kernel makes up cannot all be read, or have no end
+            raise error(f"{path} cannot be read", got=problem, hint=hint) from None
         if length > min(SAFETENSORS_HEADER_BYTES, size - _LENGTH_BYTES):
             raise error(
                 f"{path} is damaged",

@@ -25,7 +25,7 @@ class View:
         episode: index into the tuple of episodes.
         mirrored: image, lateral actions and words.
         draw: the number that decides colours, blur and crop; None leaves them as recorded.
-        told: other words than the episode's own, whose actions are then theirs; None is as recorded.
+        told: other words than the episode's instruction, which may ask for other actions; None is as recorded.
     """
 
     episode: int
@@ -47,7 +47,13 @@ Step = tuple[MicroBatch, ...]
 
 
 def epoch_plan(
-    lengths: Sequence[int], loop: LoopConfig, augment: AugmentConfig, *, window: int, epoch: int
+    lengths: Sequence[int],
+    loop: LoopConfig,
+    augment: AugmentConfig,
+    *,
+    window: int,
+    epoch: int,
+    words: Sequence[Sequence[str]] = (),
 ) -> list[Step]:
     """The optimizer steps of an epoch, each of `accumulate` micro-batches of `batch_size` windows.
 
@@ -58,14 +64,17 @@ def epoch_plan(
         lengths: frames of each training episode.
         window: W.
         epoch: from 0.
+        words: of each episode, the sentences of which an epoch tells one; none where it has its instruction alone.
     """
-    views = epoch_views(len(lengths), loop.seed, augment, epoch=epoch)
+    views = epoch_views(len(lengths), loop.seed, augment, epoch=epoch, words=words)
     runs: list[tuple[int, MicroBatch]] = []
     for view, length in zip(views, lengths, strict=True):
         starts = window_starts(length, window)
         for first in starts[:: loop.windows_per_episode]:
             run = tuple(
-                Window(replace(view, told=draw_told(augment, loop.seed, epoch, view.episode, start)), start)
+                Window(
+                    replace(view, told=draw_told(augment, loop.seed, epoch, view.episode, start) or view.told), start
+                )
                 for start in starts[first : first + loop.windows_per_episode]
             )
             runs.append((draw_number("order", loop.seed, epoch, view.episode, first), run))
@@ -81,7 +90,9 @@ def steps_per_epoch(lengths: Sequence[int], loop: LoopConfig, *, window: int) ->
     return math.ceil(math.ceil(windows / loop.batch_size) / loop.accumulate)
 
 
-def epoch_views(episodes: int, seed: int, augment: AugmentConfig, *, epoch: int) -> tuple[View, ...]:
+def epoch_views(
+    episodes: int, seed: int, augment: AugmentConfig, *, epoch: int, words: Sequence[Sequence[str]] = ()
+) -> tuple[View, ...]:
     """How each episode is seen in an epoch.
 
     The shares are kept in each epoch to less than one episode, and exactly in the mean, rather than left to chance episode by episode.
@@ -89,9 +100,18 @@ def epoch_views(episodes: int, seed: int, augment: AugmentConfig, *, epoch: int)
     mirrored = _chosen(episodes, augment.mirror, "mirror", seed, epoch)
     changed = _chosen(episodes, augment.share if augment.changes_pixels else 0.0, "change", seed, epoch)
     return tuple(
-        View(index, index in mirrored, draw_number("view", seed, epoch, index) if index in changed else None)
+        View(
+            index,
+            index in mirrored,
+            draw_number("view", seed, epoch, index) if index in changed else None,
+            _worded(words[index] if words else (), seed, epoch, index),
+        )
         for index in range(episodes)
     )
+
+
+def _worded(words: Sequence[str], *key: int) -> Told | None:
+    return Told(words[draw_number("wording", *key) % len(words)]) if words else None
 
 
 def _chosen(episodes: int, share: float, what: str, seed: int, epoch: int) -> frozenset[int]:

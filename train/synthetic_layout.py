@@ -41,6 +41,7 @@ class SyntheticOptions:
         action_dim: width of a chunk step, gripper included; for `classes`, how many. By default 7, 2, or 9 classes.
         hidden_size: of the LSTM; by default 40, 128 and 512.
         vision_resampler: RoboVLMs' own resampler stands behind Kosmos-2's.
+        told: the (class) head hears the instruction too.
         base_weights: write model.safetensors into the base directory.
         seed: of all random numbers.
     """
@@ -56,6 +57,7 @@ class SyntheticOptions:
     action_dim: int | None = None
     hidden_size: int | None = None
     vision_resampler: bool = False
+    told: bool = False
     base_weights: bool = True
     seed: int = 0
 
@@ -107,7 +109,8 @@ def state_keys(options: SyntheticOptions) -> list[Key]:
 
 def head_spec(options: SyntheticOptions) -> HeadSpec:
     """The head that the options ask for."""
-    return HeadSpec(options.head, options.outputs, options.hidden, _LSTM_LAYERS, options.latent, options.pooling)
+    sizes = options.outputs, options.hidden, _LSTM_LAYERS, options.latent
+    return HeadSpec(options.head, *sizes, options.pooling, options.told)
 
 
 def is_trained(name: str) -> bool:

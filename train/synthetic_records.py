@@ -40,6 +40,8 @@ def training_config(options: SyntheticOptions) -> dict[str, Any]:
     )
     config["train_setup"]["lora_enable"] = options.lora
     config["use_vision_resampler"] = options.vision_resampler
+    if options.told:
+        config["act_head"]["instr_in_features"] = sizes.kosmos.text_config.embed_dim
     return config
 
 

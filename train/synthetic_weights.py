@@ -62,6 +62,8 @@ _RULES = (
     _rule(r"act_head\.\w+\.mlp\.6\.weight$", 1.0),
     _rule(r"act_head\.\w+\.mlp\.\d\.weight$", 1.4),
     _rule(r"act_head\.logits\.weight$", 3.0),
+    # Its input is a mean of embeddings, a vector shorter than 1.
+    _rule(r"act_head\.instr_proj\.weight$", 5.0),
     _rule(r"[qk]_proj\.weight$", 1.3),
     _rule(r"(out_proj|fc2)\.weight$", 0.35),
     _rule(r"fc1\.weight$", 1.4),

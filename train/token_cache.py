@@ -1,8 +1,9 @@
 """Image tokens of episodes, computed once: where nothing that trains reaches the vision tower, they never change.
 
 One file per episode and orientation, float32 [T, N, D] with the tokens of all cameras, named by everything that decides its content: base
-weights and the code that computes with them, preprocessing, the episode's bytes and schema (its colour order), and whether it is mirrored.
-Always computed in fp32, whatever the run's precision. Half a megabyte per frame for the real Kosmos-2.
+weights and the code that computes with them, RoboVLMs' resampler where there is one (the base does not hold it), preprocessing, the
+episode's bytes and schema (its colour order), and whether it is mirrored. Always computed in fp32, whatever the run's precision. Half a
+megabyte per frame for the real Kosmos-2.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from bundle.atomic import disk_errors
 from train.augmentation import mirror_frame
+from train.base import tensors_sha256
 from train.episode_set import TrainingEpisode
 from train.fast_forward import image_tokens, pixels_of
 from train.frame_store import FrameStore
@@ -46,7 +48,9 @@ class TokenCache:
         self._store = store
         self._pixel_norm = pixel_norm
         several = " ".join(store.cameras) if len(store.cameras) > 1 else ""
-        self._prefix = f"{base_sha256} {_code_of(policy)} {pixel_norm} {store.size} {store.resize}{several}"
+        self._prefix = (
+            f"{base_sha256} {_code_of(policy)} {pixel_norm} {store.size} {store.resize}{several}{_resampler_of(policy)}"
+        )
 
     def tokens(self, episode: TrainingEpisode, *, mirrored: bool) -> NDArray[np.float32]:
         """Memory-mapped float32 [T, N, D].
@@ -109,6 +113,13 @@ def _code_of(policy: KosmosPolicy) -> str:
         f"transformers {transformers.__version__} {vision.hidden_act} {vision.layer_norm_eps} "
         f"{vision.num_attention_heads} {text.attention_heads}"
     )
+
+
+def _resampler_of(policy: KosmosPolicy) -> str:
+    """RoboVLMs' resampler: new ones are drawn by the run's seed, others come from the weights to start from."""
+    if not policy.spec.vision_resampler:
+        return ""
+    return f" {tensors_sha256({name: tensor.cpu() for name, tensor in policy.vision_resampler.state_dict().items()})}"
 
 
 def _open(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32] | None:

@@ -28,14 +28,15 @@ class Told:
 
     Attributes:
         words: an instruction.
-        motion: a key of train.action_classes.DIRECTIONS.
+        motion: a key of train.action_classes.DIRECTIONS; None is what was recorded, in other words.
     """
 
     words: str
-    motion: str
+    motion: str | None = None
 
     def action(self, names: Sequence[str]) -> NDArray[np.float32]:
         """What is to be done at every frame, float32 [A] in m/s and rad/s; `names` are of the A columns, others are 0."""
+        assert self.motion is not None
         parts = {axis: sign * speed for axis, sign, speed in zip(AXES, DIRECTIONS[self.motion], _SPEEDS, strict=True)}
         return np.array([parts.get(name, 0.0) for name in names], np.float32)
 

@@ -30,7 +30,8 @@ from train.robovlms_base import START_NAME
 from train.run_config import ModelConfig, RunConfig
 from train.vision_resampler import VisionResampler
 
-_VISION = ("backbone.vision_model.", "backbone.image_to_text_projection.", "vision_resampler.")
+_RESAMPLER = "vision_resampler."
+_VISION = ("backbone.vision_model.", "backbone.image_to_text_projection.", _RESAMPLER)
 _EMBEDDING = "backbone.text_model.model.embed_tokens.weight"
 _LAYER = re.compile(r"^backbone\.text_model\.model\.layers\.(\d+)\.")
 
@@ -43,7 +44,8 @@ def head_spec(config: RunConfig) -> HeadSpec:
         "classes": len(model.classes or NINE),
         "actions_gripper": model.action_dim or actions + 1,
     }
-    return HeadSpec(model.head, outputs[model.head], model.hidden, model.layers, model.latent, pooling=False)
+    sizes = outputs[model.head], model.hidden, model.layers, model.latent
+    return HeadSpec(model.head, *sizes, pooling=False, told=model.instruction_in_head)
 
 
 def policy_spec_of(config: RunConfig, *, action_range: tuple[float, float], image_size: int) -> PolicySpec:
@@ -114,7 +116,7 @@ def training_mode(policy: KosmosPolicy) -> None:
 
 
 def _trains(name: str, policy: KosmosPolicy, model: ModelConfig) -> bool:
-    if name.startswith(_VISION[2]):
+    if name.startswith(_RESAMPLER):
         return not model.freeze_resampler
     if not name.startswith("backbone.") or ".lora_" in name:
         return True
@@ -180,6 +182,8 @@ def _start_new(policy: KosmosPolicy, seed: int) -> None:
 def _start_from(policy: KosmosPolicy, path: Path) -> None:
     """Head, action token and adapters of an earlier policy; all of its head, or none."""
     start = load_file(path)
+    if policy.conventions.packing == "fork_overwrite":  # its rows go without
+        start = {name: tensor for name, tensor in start.items() if not name.startswith(_RESAMPLER)}
     raw = {canonical(name): name for name, _ in policy.named_parameters()}
     head = [name for name in raw if not name.startswith("backbone.")]
     wrong = [name for name in start if name not in raw or policy.get_parameter(raw[name]).shape != start[name].shape]
@@ -188,7 +192,8 @@ def _start_from(policy: KosmosPolicy, path: Path) -> None:
         raise CheckpointError(
             "the policy of base.weights does not fit this run's",
             got=f"{len(wrong)} parameters are missing or of another shape, first {wrong[0]}",
-            expected=f"a {policy.spec.head.kind} head of the run's model.hidden, model.layers, model.latent and data.chunk",
+            expected=f"a {policy.spec.head.kind} head of the run's model.hidden, model.layers, model.latent, "
+            "model.instruction_in_head and data.chunk, and its model.vision_resampler",
             hint='base.take = "backbone" starts with a new head (load_vlm_only with pretrained_vlm_path, in a RoboVLMs config).',
         )
     for name, tensor in start.items():

@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from bundle.errors import BaseWeightsError, CheckpointError
+from train.adapter_merge import adapted_embeddings, with_adapter
 from train.adapter_recipe import AdapterRecipe
 
 _LISTED = 6
 _EMBEDDING = "backbone.text_model.model.embed_tokens.weight"
 _PROJECTION = "image_to_text_projection."
+_TUNED = "tune_mm_projector"  # upstream does not know this key
 _LAYER = re.compile(r"^backbone\.text_model\.model\.layers\.(\d+)\.")
-_CLOSE = 1e-3  # of the largest change that an adapter makes; checkpoints may keep half precision
+_CLOSE = 1e-3  # of the largest change that an adapter makes
+_DEVIATIONS = 6  # of what unrelated differences would give by chance
 
 
 def check_held(
@@ -58,6 +61,8 @@ def _was_trained(
 ) -> bool:
     if name == _EMBEDDING:
         return bool(setup.get("train_text_embedding", False))
+    if name.startswith(f"backbone.{_PROJECTION}") and bool(setup.get(_TUNED, False)):
+        return True
     if recipe is not None:
         if not name.endswith(".bias") or recipe.bias == "none":
             return False
@@ -74,24 +79,24 @@ def _was_trained(
 
 
 def check_base(
+    setup: Mapping[str, Any],
     state: Mapping[str, Tensor],
     origin_weights: Mapping[str, Tensor],
     recipe: AdapterRecipe,
     adapted: Collection[str],
     filled: Collection[str],
     *,
-    setup: Mapping[str, Any],
     origin: str,
     folder: object,
 ) -> str | None:
     """Hold the frozen weights under adapters against the base directory's; what was found, in a sentence, or None.
 
     Args:
+        setup: `train_setup`: parts that trained beside their adapters differ from any base, and tell nothing.
         state: canonical name -> tensor, adapters unmerged.
         origin_weights: of the base directory.
         adapted: paths of adapted Linears.
         filled: canonical names that the base directory gave.
-        setup: `train_setup`; its `tune_mm_projector` trains the projection's weights beside their adapters.
 
     Raises:
         CheckpointError: the adapters are already merged into the weights beside them.
@@ -104,9 +109,12 @@ def check_base(
             expected="the residual base weights that this initialisation left, in the file",
             hint="save the whole state_dict, or convert the adapter: peft's save_pretrained has path_initial_model_for_weight_conversion.",
         )
-    own = [module for module in adapted if f"backbone.{module}.weight" not in filled]
-    other = [module for module in own if not _same(state, origin_weights, module)]
-    merged = [module for module in other if _holds_delta(state, origin_weights, recipe, module)]
+    modules = (*adapted, *adapted_embeddings(state))
+    own = [module for module in modules if f"backbone.{module}.weight" not in filled]
+    other = [
+        module for module in own if not _trained_beside(module, setup) and not _same(state, origin_weights, module)
+    ]
+    merged = [module for module in other if _holds_adapter(state, origin_weights, recipe, module)]
     if merged:
         raise CheckpointError(
             f"the adapters of {origin} are already merged into the weights beside them",
@@ -114,8 +122,6 @@ def check_base(
             expected="base weights and adapters apart: together they would count twice",
             hint="save after unmerge_adapter(); or delete the lora_ keys and set train_setup.lora_enable to false.",
         )
-    if setup.get("tune_mm_projector", False):
-        own, other = ([module for module in each if not module.startswith(_PROJECTION)] for each in (own, other))
     if other and filled:
         raise BaseWeightsError(
             f"{folder} is not the base of {origin}",
@@ -130,6 +136,13 @@ def check_base(
     return None
 
 
+def _trained_beside(module: str, setup: Mapping[str, Any]) -> bool:
+    """Whether a Linear trains along with the adapter on it: the fork thaws the projection again, our trainer the vision tower too."""
+    if module.startswith(_PROJECTION):
+        return bool(setup.get(_TUNED, False))
+    return module.startswith("vision_model.") and bool(setup.get("train_vision", False))
+
+
 def _same(state: Mapping[str, Tensor], base: Mapping[str, Tensor], module: str) -> bool:
     name = f"backbone.{module}.weight"
     own, theirs = state[name], base.get(name)
@@ -138,22 +151,34 @@ def _same(state: Mapping[str, Tensor], base: Mapping[str, Tensor], module: str) 
     return torch.equal(own, theirs.to(own.dtype))
 
 
-def _holds_delta(state: Mapping[str, Tensor], base: Mapping[str, Tensor], recipe: AdapterRecipe, module: str) -> bool:
-    """Whether a weight is the base's plus the adapter that stands beside it."""
-    prefix = f"backbone.{module}."
-    theirs, down, up = (
-        base.get(f"{prefix}weight"),
-        state.get(f"{prefix}lora_A.weight"),
-        state.get(f"{prefix}lora_B.weight"),
-    )
-    own = state[f"{prefix}weight"]
-    if theirs is None or down is None or up is None or down.dim() != 2 or theirs.shape != own.shape:
+def _holds_adapter(state: Mapping[str, Tensor], base: Mapping[str, Tensor], recipe: AdapterRecipe, module: str) -> bool:
+    """Whether a weight is the base's with the adapter that stands beside it, as far as its precision can tell.
+
+    What rounding leaves of a small change is noise on a single number, so all of them together decide: they have to differ from the
+    base as the adapter says, by about as much, beyond chance, and by nothing more than rounding.
+    """
+    name = f"backbone.{module}.weight"
+    theirs, own = base.get(name), state[name].float()
+    if theirs is None or theirs.shape != own.shape:
         return False
-    delta = recipe.scaling(module) * (up.float() @ down.float())
-    largest = float(delta.abs().max())
-    error = float((own.float() - theirs.float() - delta).abs().max())
-    rounding = float(own.float().abs().max()) * torch.finfo(own.dtype).eps
-    return largest > 4 * rounding and error <= _CLOSE * largest + 2 * rounding
+    theirs = theirs.float()
+    merged = with_adapter(theirs, state, module, recipe.scaling(module))
+    if merged is None:
+        return False
+    change, found = merged - theirs, own - theirs
+    size, both = float(change.double().square().sum()), float((change.double() * found).sum())
+    if not 0.5 * size < both < 1.5 * size:
+        return False
+    chance = (size * float(found.double().square().sum()) / own.numel()) ** 0.5
+    eps = _precision(own, state[name].dtype)
+    rounding = 2 * eps * (own.abs() + theirs.abs()) + (_CLOSE + 4 * eps) * change.abs().max()
+    return both > _DEVIATIONS * chance and bool(((found - change).abs() <= rounding).all())
+
+
+def _precision(values: Tensor, written: torch.dtype) -> float:
+    """eps of the shortest type that holds these numbers: a file may be fp32 and its numbers not."""
+    narrow = (kind for kind in (torch.bfloat16, torch.float16) if torch.equal(values.to(kind).float(), values))
+    return torch.finfo(next(narrow, written)).eps
 
 
 def _some(names: list[str]) -> str:

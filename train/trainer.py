@@ -123,7 +123,10 @@ class Trainer:
     def _epoch(self) -> None:
         state, config, setup = self._state, self._config, self._setup
         lengths = [len(episode) for episode in setup.train.episodes]
-        plan = epoch_plan(lengths, config.loop, config.augment, window=config.data.window, epoch=state.epoch)
+        words = [episode.words for episode in setup.train.episodes]
+        plan = epoch_plan(
+            lengths, config.loop, config.augment, window=config.data.window, epoch=state.epoch, words=words
+        )
         if self._log is not None:
             self._log.epoch(state.epoch, config.loop.epochs, steps=len(plan), done=state.done)
         training_mode(setup.policy)

@@ -257,7 +257,8 @@ class Validator:
                 expected="a finite number",
                 hint="the last checkpoint is good. Lower optimizer.learning_rate, set optimizer.clip_norm = 1, or train in fp32.",
             )
-        visible = self._forward.policy.conventions.packing == "upstream"
+        policy = self._forward.policy
+        visible = policy.conventions.packing == "upstream" or policy.spec.head.told
         if visible and result.sensitivity_largest == 0:
             raise TrainingError(
                 "the words of the instruction do not reach the action",

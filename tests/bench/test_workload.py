@@ -27,6 +27,9 @@ VARIANTS = (
     TinyOptions(dtype=torch.float32),
     TinyOptions(dtype=torch.float32, head="velocities", window=1),
     TinyOptions(dtype=torch.float32, head="classes", hand_camera=True, latent=2, window=2),
+    TinyOptions(dtype=torch.float32, head="classes", told=True, latent=2),
+    TinyOptions(dtype=torch.float32, vision_resampler=True, hand_camera=True),
+    TinyOptions(dtype=torch.float32, vision_resampler=True, packing="fork_overwrite"),
     TinyOptions(dtype=torch.float32, x_attn_causal=True, text_layers=1, vision_layers=1, lstm_layers=1),
 )
 variants = pytest.mark.parametrize("options", VARIANTS, ids=lambda options: options.name)
@@ -44,7 +47,7 @@ def workload(tiny: TinyPolicy) -> Workload:
             lstm_layers=dims.head.layers, lstm_hidden=dims.head.hidden,
         ),
         cameras=dims.cameras, head=dims.head.kind, outputs=dims.head.outputs, x_attn_causal=dims.x_attn_causal,
-        vision_ffn=40, text_ffn=48, nodes={}, buckets=BUCKETS,
+        vision_ffn=40, text_ffn=48, nodes={}, buckets=BUCKETS, perceiver=dims.perceiver, told=dims.head.told,
     )  # fmt: skip
 
 
@@ -114,6 +117,14 @@ def test_the_weight_files_tell_the_widths_that_the_manifest_leaves_out() -> None
         assert (found.vision_ffn, found.text_ffn, found.notes) == (ratio * 1024, ratio * 2048, ())
         assert found.name == "x"
         assert found.nodes == work.nodes
+
+
+def test_the_weight_files_tell_of_a_second_resampler() -> None:
+    for perceiver in (0, 6):
+        for precision in ("fp32", "fp16"):
+            work = dataclasses.replace(FULL, perceiver=perceiver)
+            found = workload_of(manifest_of(work, precision), "x")  # type: ignore[arg-type]
+            assert (found.perceiver, found.vision_ffn, found.notes) == (perceiver, 4096, ())
 
 
 def test_a_weight_file_of_another_length_becomes_a_note() -> None:

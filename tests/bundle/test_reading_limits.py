@@ -154,3 +154,10 @@ def test_lists_of_lists_are_counted_as_they_are_written_out() -> None:
 def test_integers_that_cannot_be_printed_are_refused(value: object) -> None:
     with pytest.raises(InputFileError, match=r"an integer beyond all use\n  got:      \d+ bits"):
         check_plain(value, origin="x")
+
+
+@pytest.mark.parametrize("text", ['{"a": "\\ud800"}', '{"\\udfff": 1}', '["\\ud83dx"]'])
+def test_half_a_character_is_no_text(text: str) -> None:
+    with pytest.raises(InputFileError, match=r"holds a text that is none\n  got:      '.*\\ud"):
+        parse_json(text, origin="x")
+    assert parse_json('"\\ud83d\\ude00 é"', origin="x") == "\U0001f600 é"

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import msgspec
 import numpy as np
+import onnx
 import pytest
 from numpy.typing import NDArray
 
@@ -22,17 +23,20 @@ from calib.pipeline import STEPS, quantize
 from calib.sample import Stretch
 from calib.selection import Selection
 from calib.trial import Held
+from episodes.instruction import sentence
 from episodes.reader import open_episode
 from episodes.synthetic import write_synthetic
 from episodes.writer import write_episode
 from export.console import Reporter
+from export.pipeline import BuildConfig, build
 from runtime.backends.ort import UNSIGNED
 from runtime.policy import Policy
 from tests.calib.conftest import Built, Own
 from tests.calib.quantizing import BLOCKS, GENEROUS, Enough, accepted, config, enough, quietly, report_of
-from tests.export.builds import contents, left_over
+from tests.export.builds import QUICK, contents, left_over
 from tests.int8 import signed_saturate
 from tests.openvino import openvino_runs_int8
+from train.synthetic import SyntheticOptions, make_checkpoint
 
 # Fewer to search in, for tests that are about something else.
 SOME = ("projection", "language.0-1")
@@ -358,6 +362,32 @@ def test_a_head_of_classes_counts_other_classes(own: Own, recorded: Path) -> Non
     assert found.class_flips.of_frames == found.frames
     assert found.class_flips.frames == sum(pair.frames for pair in found.class_flips.pairs)
     assert Policy.load(bundle, "ort:cpu", precision="int8", threads=1).manifest.precision == "int8"
+
+
+def test_a_second_resampler_is_quantized_and_what_a_head_is_told_is_not(recorded: Path, tmp_path: Path) -> None:
+    options = SyntheticOptions(layout="fork", head="classes", action_dim=8, told=True, vision_resampler=True)
+    files = make_checkpoint(tmp_path, options)
+    bundle = tmp_path / "policy.bundle"
+    told = (sentence("v1", "left"), sentence("v1", "right"))
+    build(
+        BuildConfig(checkpoint=files.checkpoint, out=bundle, packing="upstream", instruction=told, verify_frames=QUICK)
+    )
+    quietly(config(bundle, recorded, keep_float=("language.0-1", "action_head")))
+    manifest = Manifest.load(bundle)
+    assert manifest.quantized is not None
+    assert manifest.quantized.assignment["projection"] == "int8"
+    graphs = {
+        stage: manifest.quantized.stages.get(stage, manifest.stages[stage]).graphs[0] for stage in manifest.stages
+    }
+    vision, language = (
+        onnx.load(bundle / graphs[stage].file, load_external_data=False).graph for stage in ("vision", "language")
+    )
+    narrow = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+    integers = {item.name.rpartition("/")[0] for item in vision.initializer if item.data_type in narrow}
+    assert {f"perceiver/layers.{layer}" for layer in range(6)} <= integers
+    assert [item.data_type for item in language.initializer if item.name == "told.weight"] == [onnx.TensorProto.FLOAT]
+    actions = streamed(bundle, recorded, precision="int8")
+    assert 0 < np.abs(actions - streamed(bundle, recorded, precision="float")).max() < GENEROUS * 10
 
 
 def test_a_gripper_counts_what_it_does_otherwise(own: Own) -> None:

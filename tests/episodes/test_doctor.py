@@ -73,14 +73,14 @@ def test_a_good_set(good):
 
 
 def test_a_mixed_set(mixed):
-    done = doctor(mixed, mixed / "pipe.h5", "--timeout-s", 8)
+    done = doctor(mixed, mixed / "pipe.h5")
     assert done.returncode == 1
     assert done.stdout.count(" ERROR ") == 4
     for expected in (
         "action 3 is not finite",
         "truncated or damaged",
         "1 of 8 frames: frame 7 is corrupt",
-        "did not end within 8 s",
+        "is a named pipe",
         "red and blue look swapped",
         "10 episodes, 6 usable",
         "4 episodes\n  warning: no instruction is stored",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,19 @@ def test_the_conventions_that_drove_an_episode_are_found(
     assert manifest.parity.verdict == "PASS"
 
 
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_resampler_counts_in_the_layout_that_uses_it(
+    synthetic: MakeSynthetic, tmp_path: Path, packing: Packing
+) -> None:
+    files = synthetic(replace(FORK, vision_resampler=True))
+    episode = drive(files, tmp_path, packing)
+    log = quietly(config(files, tmp_path, episode, x_attn_causal=False))
+    manifest = assert_complete(tmp_path / "policy.bundle")
+    assert (manifest.prompt.packing, manifest.parity.verdict) == (packing, "PASS")
+    idle = [name for name in manifest.source.ignored_keys if name.startswith("vision_resampler.")]
+    assert bool(idle) == (packing == "fork_overwrite") == ("use_vision_resampler has no effect" in log)
+
+
 def test_what_is_stated_is_not_inferred(synthetic: MakeSynthetic, tmp_path: Path) -> None:
     files = synthetic(FORK)
     episode = drive(files, tmp_path, "fork_overwrite", x_attn_causal=True)
@@ -164,17 +178,21 @@ def test_an_episode_that_carries_the_text_can_only_mean_some_texts(synthetic: Ma
     assert assert_complete(tmp_path / "policy.bundle").prompt.template in (RAW, PREFIXED)
 
 
-def test_classes_are_judged_by_their_surprise(synthetic: MakeSynthetic, tmp_path: Path) -> None:
-    files = synthetic(SyntheticOptions(layout="fork", head="classes", action_dim=8))
+@pytest.mark.parametrize(("told", "x_attn_causal", "template"), [(False, True, UPSTREAM), (True, False, PREFIXED)])
+def test_classes_are_judged_by_their_surprise(
+    synthetic: MakeSynthetic, tmp_path: Path, told: bool, x_attn_causal: bool, template: str
+) -> None:
+    """Those of a head that is told the instruction too."""
+    files = synthetic(SyntheticOptions(layout="fork", head="classes", action_dim=8, told=told))
     checkpoint = tmp_path / "sure.ckpt"
     records = torch.load(files.checkpoint, weights_only=True)
     for name, tensor in records["state_dict"].items():
         if ".logits." in name:
             tensor *= 100  # as sure of itself as a trained one
     torch.save(records, checkpoint)
-    loaded = load(checkpoint, base=files.base, packing="upstream", x_attn_causal=True)
+    loaded = load(checkpoint, base=files.base, packing="upstream", x_attn_causal=x_attn_causal)
     action = action_of(loaded.policy.spec)
-    ids = np.array(tokenize(GO_LEFT, UPSTREAM, files.base / "tokenizer.json"))
+    ids = np.array(tokenize(GO_LEFT, template, files.base / "tokenizer.json"))
     stream = ReferenceStream(loaded.policy, ids, np.ones_like(ids))
     frames = random_frames(FRAMES, 1, 96, seed=3)[:, 0]
     commands = np.array([denormalize(stream.step(bicubic(frame)[None]).action, action)[0] for frame in frames])
@@ -182,5 +200,6 @@ def test_classes_are_judged_by_their_surprise(synthetic: MakeSynthetic, tmp_path
     out = tmp_path / "policy.bundle"
     quietly(BuildConfig(checkpoint=checkpoint, base=files.base, out=out, infer_from=episode, verify_frames=QUICK))
     manifest = assert_complete(out)
-    assert (manifest.prompt.packing, manifest.x_attn_causal) == ("upstream", True)
+    assert (manifest.prompt.packing, manifest.x_attn_causal) == ("upstream", x_attn_causal)
+    assert manifest.prompt.template == template
     assert manifest.action.class_names == ("Stop", "F", "L", "R", "FL", "FR", "TurnL", "TurnR")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
@@ -141,6 +143,18 @@ LAYOUTS = (
         },
     ),
     Layout(
+        "eight classes, told the instruction",
+        SyntheticOptions(layout="fork", head="classes", action_dim=8, told=True),
+        {"packing": "upstream", "prompt_template": "<grounding>{instruction}", "pad_prompt_to": 256},
+        {"prompt.told": True, "prompt.pad_to": 256},
+    ),
+    Layout(
+        "eight classes, told what their rows do not show",
+        SyntheticOptions(layout="fork", head="classes", action_dim=8, told=True, lora=False),
+        {"packing": "fork_overwrite"},
+        {"prompt.told": True},
+    ),
+    Layout(
         "seven classes with their commands",
         SyntheticOptions(layout="fork", head="classes", action_dim=7),
         {
@@ -168,6 +182,11 @@ LAYOUTS = (
         states={"preprocessing.cameras": ("hand", "static")},
     ),
     Layout("RoboVLMs' own resampler", SyntheticOptions(vision_resampler=True)),
+    Layout(
+        "RoboVLMs' own resampler, where the fork's rows go without",
+        SyntheticOptions(layout="fork", head="velocities", vision_resampler=True),
+        {"packing": "fork_overwrite"},
+    ),
     Layout(
         "two action tokens, pooled",
         SyntheticOptions(latent=2, pooling=True),
@@ -314,6 +333,38 @@ def test_an_untrained_policy_is_built_with_a_warning(upstream: SyntheticFiles, t
     assert "warning: every LoRA-B is zero: this adapter was never trained, and does nothing." in log
     assert "warning: the action token is zero: this policy was never trained." in log
     assert "warning" not in quietly(BuildConfig(checkpoint=upstream.checkpoint, **options))  # type: ignore[arg-type]
+
+
+def test_what_is_left_out_of_a_checkpoint_is_said(synthetic: MakeSynthetic, tmp_path: Path) -> None:
+    """The lab's heads for boxes, weights of losses, upstream's CLIP; and a resampler that the row goes without takes no room."""
+    lossy = {
+        "grounding_bbox_head.0.weight": torch.zeros(8, 8),
+        "grounding_bbox_head.3.bias": torch.zeros(4),
+        "grounding_coarse_head.3.weight": torch.zeros(3, 8),
+        "loss_balance_logits": torch.zeros(3),
+        "loss_balance_ema": torch.ones(3),
+        "model.clip_norm_head.lang_fc.weight": torch.zeros(2, 2),
+    }
+    files = synthetic(dataclasses.replace(FORK, vision_resampler=True))
+    path = rewrite(files.checkpoint, tmp_path / "aux.ckpt", lambda content: content["state_dict"].update(lossy))
+    options: dict[str, Any] = {"base": files.base, "packing": "fork_overwrite", "x_attn_causal": False}
+    log = quietly(BuildConfig(checkpoint=path, out=tmp_path / "aux.bundle", verify_frames=QUICK, **options))
+    for said in (
+        "grounding_bbox_head (2 tensors)",
+        "grounding_coarse_head (1 ",
+        "loss_balance_ema (1 ",
+        "clip_norm_head (1 ",
+    ):
+        assert said in log
+    assert "warning: vision_resampler (69 tensors) is left out" in log
+    manifest = assert_complete(tmp_path / "aux.bundle")
+    assert lossy.keys() < set(manifest.source.ignored_keys)
+    plain = BuildConfig(
+        checkpoint=synthetic(FORK).checkpoint, out=tmp_path / "plain.bundle", verify_frames=QUICK, **options
+    )
+    assert "left out" not in quietly(plain)
+    without = assert_complete(tmp_path / "plain.bundle")
+    assert manifest.stages["vision"].weight_bytes == without.stages["vision"].weight_bytes
 
 
 def test_the_forks_resampler_is_asked_about(synthetic: MakeSynthetic, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from bundle.errors import PromptError
 from export import stages
 from export.ops import TorchOps
 from export.stages import MASKED
@@ -56,6 +57,7 @@ WORDS = 6
 
 UPSTREAM = TinyOptions()
 FORK = TinyOptions(head="velocities", packing="fork_overwrite")
+TOLD = (TinyOptions(head="classes", told=True), TinyOptions(head="classes", told=True, packing="fork_overwrite"))
 VARIANTS = (
     UPSTREAM,
     TinyOptions(lora=False),
@@ -69,6 +71,10 @@ VARIANTS = (
     TinyOptions(x_attn_causal=True, hand_camera=True, latent=2),
     TinyOptions(vision_resampler=True),
     TinyOptions(vision_resampler=True, hand_camera=True, scale_embedding=False),
+    TinyOptions(vision_resampler=True, packing="fork_overwrite"),
+    TinyOptions(head="classes", told=True),
+    TinyOptions(head="classes", told=True, latent=2, hand_camera=True, scale_embedding=False),
+    TinyOptions(head="classes", told=True, packing="fork_overwrite"),
     TinyOptions(norm="none"),
     TinyOptions(scale_embedding=False),
     TinyOptions(text_layers=1, vision_layers=1, lstm_layers=1),
@@ -105,7 +111,7 @@ def test_the_three_stages_are_the_reference(options: TinyOptions) -> None:
     """Frames in, actions out, for three windows and after a reset; image tokens and features on the way."""
     tiny = tiny_policy(options)
     ids = prompt_ids(WORDS)
-    row = exact_row(tiny, visible_slots(tiny, ids))
+    row = exact_row(tiny, visible_slots(tiny, ids), ids=ids)
     for seed, count in ((0, 3 * options.window), (1, 2)):
         frames = tiny.frames(count, seed)
         images = run_vision(tiny, frames)
@@ -479,6 +485,48 @@ def test_the_prepared_prompt_is_embedding_times_scale_plus_position(options: Tin
 
     shifted = dataclasses.replace(slots, position=slots.position + 1)
     assert largest(exact_row(tiny, shifted).prompt, row.prompt) > SEEN
+
+
+@pytest.mark.parametrize("options", TOLD, ids=lambda options: options.name)
+@pytest.mark.parametrize("pad_to", [None, WORDS + 5])
+def test_a_head_that_is_told_hears_the_mean_of_the_whole_prompt(options: TinyOptions, pad_to: int | None) -> None:
+    """Special tokens and padding count; what is added is the same for every frame, whatever the row shows of the words."""
+    tiny = tiny_policy(options)
+    ids = prompt_ids(WORDS, pad_to=pad_to)
+    table = tiny.weights.state["backbone.text_model.model.embed_tokens.weight"]
+    weight, bias = (tiny.weights.state[f"act_head.instr_proj.{leaf}"] for leaf in ("weight", "bias"))
+    told = weight @ (sum(table[token] for token in ids) / len(ids)) + bias
+    assert told.abs().max() > SEEN
+    deaf = dataclasses.replace(tiny.policy.act_head.spec, told=False)
+
+    images = reference_images(tiny, tiny.frames(2))
+    heard = features_of_images(tiny, images, ids)
+    tiny.policy.act_head.spec, kept = deaf, tiny.policy.act_head.spec
+    try:
+        unheard = features_of_images(tiny, images, ids)
+    finally:
+        tiny.policy.act_head.spec = kept
+    assert largest(heard, unheard + told) < EXACT
+
+    row = exact_row(tiny, visible_slots(tiny, ids), ids=ids, filler=3.0)
+    assert largest(run_language(tiny, images * tiny.dims.embed_scale, row), heard) < EXACT
+
+
+@pytest.mark.parametrize("options", TOLD, ids=lambda options: options.name)
+def test_the_prepared_prompt_holds_what_a_head_is_told(options: TinyOptions) -> None:
+    tiny = tiny_policy(options)
+    ids = prompt_ids(WORDS, pad_to=WORDS + 3)
+    slots = visible_slots(tiny, ids)
+    table = tiny.weights.state["backbone.text_model.model.embed_tokens.weight"]
+    embedding = torch.cat([table, tiny.weights.state["action_token"][None]]).numpy()
+    sizes = {"embed_scale": tiny.dims.embed_scale, "image_tokens": tiny.dims.image_tokens}
+    prepared = assemble(slots, embedding, bucket=round_up(slots.length + 1), told=np.array(ids), **sizes)
+    row = exact_row(tiny, slots, ids=ids)
+    assert largest(torch.from_numpy(prepared.prompt).double(), row.prompt) < 1e-5
+    assert torch.equal(torch.from_numpy(prepared.action_index), row.action_index)
+    # An id that the row does not show counts too.
+    with pytest.raises(PromptError, match="outside the vocabulary"):
+        assemble(slots, embedding, bucket=round_up(slots.length + 1), told=np.array([*ids, VOCAB]), **sizes)
 
 
 # --- language: inside the decoder -----------------------------------------------------------------------------------------

@@ -62,6 +62,7 @@ VARIANTS = (
     UPSTREAM,
     TinyOptions(dtype=torch.float32, head="velocities", packing="fork_overwrite", window=1),
     TinyOptions(dtype=torch.float32, head="classes", hand_camera=True, latent=2, window=2),
+    TinyOptions(dtype=torch.float32, head="classes", told=True, vision_resampler=True),
     TinyOptions(dtype=torch.float32, x_attn_causal=True, lora=False, text_layers=1, vision_layers=1, lstm_layers=1),
 )
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
@@ -270,13 +271,16 @@ def test_types_stand_in_the_graph(exported: ExportedCache, options: TinyOptions,
             for kind in kinds:
                 seen[node.op_type, kind] += 1
             if node.op_type != "Cast":
-                assert len(kinds) == 1, f"{node.name} mixes {kinds}"
+                indices = node.op_type == "Slice" and not kinds  # of slots
+                assert len(kinds) == 1 or indices, f"{node.name} mixes {kinds}"
     if precision == "fp32":
         assert not [key for key in seen if key[1] == "fp16"]
         return
     for operator in ("Gemm", "MatMul"):
         assert seen[operator, "fp16"] > 0
-        assert seen[operator, "fp32"] == 0
+    assert seen["Gemm", "fp32"] == 0
+    # What a head is told is the same at each recurrent step, so its rounding would add up.
+    assert seen["MatMul", "fp32"] == (len(BUCKETS) if options.told else 0)
     for operator in ("LayerNormalization", "Softmax", "ReduceL2"):
         assert seen[operator, "fp32"] > 0
         assert seen[operator, "fp16"] == 0
@@ -379,14 +383,16 @@ def test_onnxruntime_computes_what_torch_does(exported: ExportedCache, options: 
     engines = OrtPolicy(exported(options, "fp32"), sequence)
     ids = prompt_ids(LATENTS - 2)
     frames = tiny.frames(2 * options.window + 1)
-    row = exact_row(tiny, visible_slots(tiny, ids), bucket=sequence)
+    row = exact_row(tiny, visible_slots(tiny, ids), bucket=sequence, ids=ids)
     ops = TorchOps()
 
     images = run_vision(tiny, frames, ops)
     features = run_language(tiny, images, row, ops)
     actions = run_action_head(tiny, features, ops)
 
-    assert largest(engines.vision(frames), images) < 1e-5
+    # RoboVLMs' own resampler ends in a LayerNorm, so its tokens are as large as the embedding scale.
+    size = max(1.0, float(images.std()))
+    assert largest(engines.vision(frames), images) < 1e-5 * size
     assert largest(engines.language(images, row), features) < 1e-5
     assert largest(engines.action_head(features, tiny), actions) < 1e-5
     assert features.std(0).max() > 1e-2

@@ -63,19 +63,20 @@ def weights(size: int, target: int, name: str) -> NDArray[np.int64]:
     return matrix
 
 
-def fixed_point(frame: NDArray[np.uint8], size: int, name: str) -> NDArray[np.uint8]:
-    """Horizontal pass, then vertical; each rounds and clips to 8 bits. The integers are exact in float64."""
+def fixed_point(frame: NDArray[np.uint8], size: int, name: str, *, tall: int | None = None) -> NDArray[np.uint8]:
+    """To [tall, size, 3]: horizontal pass, then vertical; each rounds and clips to 8 bits. The integers are exact in float64."""
 
     def rounded(values: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.clip(np.floor((values + 2**21) / 2**22), 0, 255)
 
     height, width, _ = frame.shape
+    tall = size if tall is None else tall
     pixels = frame.astype(np.float64)
     if width != size:
         pixels = rounded(weights(width, size, name).astype(np.float64) @ pixels)
-    if height != size:
-        down = weights(height, size, name).astype(np.float64) @ pixels.reshape(height, size * 3)
-        pixels = rounded(down).reshape(size, size, 3)
+    if height != tall:
+        down = weights(height, tall, name).astype(np.float64) @ pixels.reshape(height, size * 3)
+        pixels = rounded(down).reshape(tall, size, 3)
     return pixels.astype(np.uint8)
 
 
@@ -106,6 +107,31 @@ def test_real_sizes(shape: tuple[int, int], name: str) -> None:
     np.testing.assert_array_equal(resized, fixed_point(frame, 224, name))
     if shape[0] <= shape[1] or PILLOW < 13:
         np.testing.assert_array_equal(resized, pillow(frame, 224, name))
+
+
+@pytest.mark.parametrize(
+    ("shape", "tall", "wide"),
+    [
+        ((720, 1280), 126, 224),
+        ((480, 640), 168, 224),
+        ((1280, 720), 224, 126),
+        ((224, 224), 224, 224),
+        ((3, 2000), 1, 224),
+    ],
+)
+def test_a_letterbox_to_the_bit(shape: tuple[int, int], tall: int, wide: int) -> None:
+    frame = picture(*shape)
+    above, left = (224 - tall) // 2, (224 - wide) // 2
+    sides = ((above, 224 - tall - above), (left, 224 - wide - left), (0, 0))
+
+    resized = resize(frame, preprocessing("letterbox"), 224)
+
+    np.testing.assert_array_equal(resized, np.pad(fixed_point(frame, wide, "bilinear", tall=tall), sides))
+
+
+def test_it_is_said_in_words() -> None:
+    names = ("bicubic", "bilinear", "letterbox")
+    assert [preprocessing(name).how for name in names] == ["bicubic squash", "bilinear squash", "letterbox"]
 
 
 def test_the_filters_differ() -> None:

@@ -13,6 +13,7 @@ from episodes.actions import CLASS_NAMES, classify_actions
 from train.action_classes import AXES, DIRECTIONS, NINE, ORDERS, classes_of_action, parse_classes
 from train.action_meaning import action_of
 from train.config import HeadSpec, PolicySpec
+from train.facts import TrainingFacts
 
 EIGHT = parse_classes(ORDERS[8])
 SPEEDS = st.sampled_from([0.0, 0.05, 0.2, 0.29, 0.31, 0.5, 1.0, 1.15])
@@ -120,6 +121,17 @@ def test_a_policy_that_turns_has_a_third_column() -> None:
     six = action_of(spec(6, classes=ORDERS[6], source="assumed"))
     assert six.names == ("linear_x", "linear_y")
     assert {len(value) for value in six.class_values} == {2}
+
+
+def test_a_stated_speed_leaves_recorded_turns_and_commands_of_ones_own() -> None:
+    recorded = ("Stop=0,0", "F=1.15,0", "FL=1.15,1.15", "R=0.1,-0.4", "slow=0.2,0", "TurnL=0,0,0.8")
+    facts = TrainingFacts(
+        packing="upstream", x_attn_causal=False, resize="bilinear", pixel_norm="clip", action_names=AXES, action_minimum=-1.15,
+        action_maximum=1.15, fps=6.0, base_sha256="0" * 64, classes=recorded,
+    )  # fmt: skip
+    action = action_of(spec(6), facts=facts, class_speed=0.5)
+    assert action.class_names == ("Stop", "F", "FL", "R", "slow", "TurnL")
+    assert action.class_values == ((0, 0, 0), (0.5, 0, 0), (0.5, 0.5, 0), (0.1, -0.4, 0), (0.2, 0, 0), (0, 0, 0.8))
 
 
 def test_any_number_of_classes_can_be_stated_and_nothing_is_guessed() -> None:

@@ -37,9 +37,19 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("lora", CASES, ids=["vision", "expression", "last layer"])
-def test_train_build_and_replay(run_files: RunFiles, tmp_path: Path, lora: dict[str, Any]) -> None:
-    settings = {"model.lora": lora, "loop.epochs": 1, "loop.max_steps": 3}
+@pytest.mark.parametrize(
+    ("lora", "besides"),
+    [
+        *((lora, ()) for lora in CASES),
+        (CASES[1], ("train_projection",)),
+        (CASES[0], ("train_vision", "train_projection")),
+    ],
+    ids=["vision", "expression", "last layer", "with its projection", "with all that they stand on"],
+)
+def test_train_build_and_replay(
+    run_files: RunFiles, tmp_path: Path, lora: dict[str, Any], besides: tuple[str, ...]
+) -> None:
+    settings = {"model.lora": lora, "loop.epochs": 1, "loop.max_steps": 3} | {f"model.{key}": True for key in besides}
     config = load_run_config(run_files.config(tmp_path / "run.json", settings)).config
     done = launch(tmp_path / "run.json", console=Console(quiet=True))
     assert done.outcome is not None
@@ -49,9 +59,10 @@ def test_train_build_and_replay(run_files: RunFiles, tmp_path: Path, lora: dict[
     adapted = adapted_modules(loaded.base.kosmos, config.model.lora)
     held = load_file(done.outcome.last)
     assert set(lora_modules(held)) == set(loaded.policy.adapted) == set(adapted)
-    biases = {name for name in held if name.endswith("bias") and name.startswith("backbone.")}
-    expected = {f"backbone.{name}.bias" for name in adapted} if lora.get("bias") == "lora_only" else set()
-    assert biases == expected
+    if not besides:
+        biases = {name for name in held if name.endswith("bias") and name.startswith("backbone.")}
+        expected = {f"backbone.{name}.bias" for name in adapted} if lora.get("bias") == "lora_only" else set()
+        assert biases == expected
     read = from_robovlms(loaded.config, origin="ckpt")[0]["model"]["lora"]
     again = LoraConfig(targets=read["targets"], layers=read.get("layers"))
     assert adapted_modules(loaded.base.kosmos, again) == adapted

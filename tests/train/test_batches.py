@@ -26,6 +26,7 @@ from train.augmentation import Augmenter, mirror_actions, mirror_frame, mirror_t
 from train.batches import Batch, BatchStream, make_batch, validation_windows
 from train.episode_set import TrainingEpisode
 from train.frame_store import FrameStore
+from train.inputs import instructions_of
 from train.run_config import AugmentConfig, DataConfig, LoopConfig, SourceConfig
 from train.sampling import View, Window, epoch_plan
 from train.told import Told
@@ -349,3 +350,13 @@ def test_a_window_that_is_told_to_steer_does_what_its_words_say(drawn: Set, mirr
     done = batch.physical[batch.mask]
     assert_array_equal(done, np.broadcast_to(np.float32([0.0, 0.6]), done.shape))
     assert {NINE.names[label] for label in batch.classes[batch.mask]} == {"L"}
+
+
+@pytest.mark.parametrize(("mirrored", "heard"), [(False, "Head left"), (True, "Head right")])
+def test_other_words_for_what_was_recorded_leave_its_actions_alone(drawn: Set, mirrored: bool, heard: str) -> None:
+    view = dataclasses.replace(RECORDED, mirrored=mirrored)
+    batch = drawn.batch(Window(dataclasses.replace(view, told=Told("Head left")), 0))
+
+    assert batch.instructions == (heard,)
+    assert_array_equal(batch.physical, drawn.batch(Window(view, 0)).physical)
+    assert {heard} <= set(instructions_of([dataclasses.replace(drawn.episodes[0], words=("Head left",))]))

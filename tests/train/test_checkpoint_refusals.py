@@ -396,3 +396,62 @@ def test_a_stated_config_whose_parent_is_gone_is_refused(upstream: SyntheticFile
     (tmp_path / "child.json").write_text(json.dumps({"parent": "gone.json"}))
     with pytest.raises(ConfigError, match=r"gone\.json does not exist\n  got:      named by .*child\.json"):
         load(upstream.checkpoint, config=tmp_path / "child.json")
+
+
+@pytest.mark.parametrize(
+    ("head", "stated", "true"),
+    [
+        ("actions_gripper", "MobileVLALSTMDecoder", "LSTMDecoder (one arm column and a gripper"),
+        ("velocities", "LSTMDecoder", "MobileVLALSTMDecoder"),
+        ("classes", "NavPolicyRegression", "MobileVLAClassificationDecoder"),
+    ],
+)
+def test_a_config_that_names_another_head_is_told_which_one_the_file_has(
+    synthetic: MakeSynthetic, tmp_path: Path, head: Any, stated: str, true: str
+) -> None:
+    """In some of the lab's code MobileVLALSTMDecoder was another name of upstream's LSTMDecoder."""
+    files = synthetic(SyntheticOptions(head=head, action_dim=2, lora=False))
+
+    def name_it(content: dict[str, Any]) -> None:
+        configs(content)["act_head"] |= {"type": stated, "action_dim": 2}
+
+    path = rewrite(files.checkpoint, tmp_path / "other.ckpt", name_it)
+    with pytest.raises(CheckpointError, match="do not fit its config and base") as caught:
+        load(path, base=files.base, packing="upstream")
+    assert f"these are the weights of {true}" in caught.value.hint
+
+
+def test_a_head_that_is_told_something_else_is_refused_by_name(synthetic: MakeSynthetic, tmp_path: Path) -> None:
+    """The lab's loader can read embeddings of another width from a file of its own."""
+    files = synthetic(SyntheticOptions(layout="fork", head="classes", told=True))
+
+    def widen(content: dict[str, Any]) -> None:
+        configs(content)["act_head"]["instr_in_features"] = 1024
+        content["state_dict"]["model.act_head.instr_proj.weight"] = torch.zeros(64, 1024)
+
+    path = rewrite(files.checkpoint, tmp_path / "wide.ckpt", widen)
+    with pytest.raises(
+        UnsupportedPolicyError, match=r"instr_in_features = 1024, which jetvla does not build"
+    ) as caught:
+        load(path, base=files.base, packing="upstream")
+    assert "64, the width of this base's word embeddings" in str(caught.value.expected)
+
+
+@pytest.mark.parametrize("drop", [True, False], ids=["weights missing", "key missing"])
+def test_a_head_that_is_told_needs_its_weights_and_its_key(
+    synthetic: MakeSynthetic, tmp_path: Path, drop: bool
+) -> None:
+    files = synthetic(SyntheticOptions(layout="fork", head="classes", told=True))
+
+    def tear(content: dict[str, Any]) -> None:
+        if not drop:
+            del configs(content)["act_head"]["instr_in_features"]
+            return
+        for name in [name for name in content["state_dict"] if "instr_proj" in name]:
+            del content["state_dict"][name]
+
+    path = rewrite(files.checkpoint, tmp_path / "torn.ckpt", tear)
+    with pytest.raises(CheckpointError, match="missing 2" if drop else "unknown 2") as caught:
+        load(path, base=files.base, packing="upstream")
+    assert "act_head.instr_proj" in str(caught.value.got)
+    assert ("a config without the key" in caught.value.hint) == drop

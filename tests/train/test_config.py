@@ -184,11 +184,11 @@ def test_a_range_of_actions_that_is_none_is_refused(config: Config, limits: tupl
 
 
 def test_an_unknown_head_is_refused_with_the_known_ones(config: Config) -> None:
-    config["act_head"]["type"] = "GPTDecoder"
+    config["act_head"]["type"] = "OtherDecoder"
     with pytest.raises(UnsupportedPolicyError) as caught:
         policy_spec(config)
     assert str(caught.value) == (
-        "unknown action head 'GPTDecoder'\n"
+        "unknown action head 'OtherDecoder'\n"
         "  expected: LSTMDecoder, MobileVLALSTMDecoder, MobileVLAClassificationDecoder, NavPolicyRegression, NavPolicy\n"
         "\n"
         "hint: only LSTM heads are built; FCDecoder, GPTDecoder and diffusion heads are not."
@@ -196,29 +196,95 @@ def test_an_unknown_head_is_refused_with_the_known_ones(config: Config) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "value"),
+    ("kind", "takes"),
     [
-        ("model", "paligemma"),
-        ("fwd_head", {"type": "FwdDecoder"}),
-        ("tcp_rel", True),
-        ("regular_action", True),
-        ("act_head.history_type", "pre"),
-        ("act_head.history_type", "video"),
-        ("act_head.action_space", "discrete"),
-        ("act_head.action_space", "down_sample"),
-        ("act_head.down_sample", "resampler"),
-        ("act_head.fill_zero", True),
-        ("act_head.instr_in_features", 1024),
-        ("act_head.text_in_features", 1024),
+        ("FCDecoder", "an action head without states"),
+        ("GPTDecoder", "a GPT-2 over them at every tick"),
+        ("DiscreteDecoder", "a cache of keys and values"),
+        ("HybridActionHead", "its constructor does not take"),
     ],
 )
-def test_a_known_variant_that_is_not_built_is_refused_by_name(config: Config, path: str, value: object) -> None:
+def test_known_heads_that_are_not_built_say_what_they_would_take(config: Config, kind: str, takes: str) -> None:
+    config["act_head"]["type"] = kind
+    with pytest.raises(UnsupportedPolicyError) as caught:
+        policy_spec(config)
+    assert caught.value.what == f"this policy uses act_head.type = {kind!r}, which jetvla does not build"
+    assert takes in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "takes"),
+    [
+        ("model", "paligemma", "that backbone's own stages"),
+        ("model", "kosmos-g", "the text that RoboVLMs' loader puts around an instruction"),
+        ("robovlm_name", "RoboFlamingo", "that backbone's own stages"),
+        ("fwd_head", {"type": "FwdDecoder"}, "has not published"),
+        ("tcp_rel", True, "the tool's pose at every tick"),
+        ("regular_action", True, "the inverse of x_mean and x_std"),
+        ("train_setup.predict_action", False, "a head that has learned something"),
+        ("act_head.history_type", "pre", "kept from tick to tick"),
+        ("act_head.history_type", "video", "kept from tick to tick"),
+        ("act_head.history_type", None, "kept from tick to tick"),
+        ("act_head.action_space", "discrete", "whose config says continuous"),
+        ("act_head.action_space", "down_sample", "a head that pools them"),
+        ("act_head.down_sample", "resampler", "a resampler of action tokens"),
+        ("act_head.fill_zero", True, "a mask in the language stage"),
+        ("act_head.text_in_features", 1024, "to all tokens of the prompt, padding included"),
+    ],
+)
+def test_a_known_variant_that_is_not_built_is_refused_by_name(
+    config: Config, path: str, value: object, takes: str
+) -> None:
     set_path(config, path, value)
     with pytest.raises(UnsupportedPolicyError) as caught:
         policy_spec(config)
     assert caught.value.what == f"this policy uses {path} = {value!r}, which jetvla does not build"
     assert "LSTM head" in str(caught.value.expected)
-    assert caught.value.hint
+    assert caught.value.hint.startswith("it would take ")
+    assert takes in caught.value.hint
+
+
+def test_class_heads_alone_are_told_the_instruction(config: Config) -> None:
+    config["act_head"]["instr_in_features"] = 2048
+    assert not policy_spec(config).head.told
+    config["act_head"] |= {"type": "NavPolicy", "num_classes": 8}
+    assert policy_spec(config).head.told
+    config["act_head"]["instr_in_features"] = None
+    assert not policy_spec(config).head.told
+
+
+@pytest.mark.parametrize("loader", ["NavDataset", "MobileVLAH5Dataset"])
+def test_another_kosmos_is_a_name_where_class_and_loader_do_not_ask(config: Config, loader: str) -> None:
+    """Upstream's loaders choose the text around an instruction by it, so there it counts."""
+    config |= {"model": "kosmos-g", "train_dataset": {"type": loader}}
+    assert policy_spec(config).head.kind == "actions_gripper"
+    del config["robovlm_name"]
+    with pytest.raises(UnsupportedPolicyError, match="model = 'kosmos-g'"):
+        policy_spec(config)
+
+
+def test_the_labs_trainer_does_not_ask_whether_actions_are_predicted(config: Config) -> None:
+    """Its loader of V5 came with that trainer; RoboVLMs' own asks."""
+    config["train_setup"]["predict_action"] = False
+    config["train_dataset"] = {"type": "NavDataset", "grounding_prefix": True}
+    policy_spec(config)
+    config["train_dataset"] = {"type": "NavDataset"}
+    with pytest.raises(UnsupportedPolicyError, match="predict_action = False"):
+        policy_spec(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("NavPolicy", "MobileVLAClassificationDecoder"), ("NavPolicyRegression", "MobileVLALSTMDecoder")],
+)
+def test_the_labs_names_of_heads_mean_the_forks(config: Config, name: str, other: str) -> None:
+    """Dropout acts in training, and the sizes of chunk and window are the top level's."""
+    config["act_head"] |= {"type": other}
+    expected = policy_spec(config)
+    config["act_head"] |= {"type": name, "dropout": 0.1, "policy_rnn_dropout_p": 0.1, "chunk_size": 5, "window_size": 3}
+    config["act_head"]["fwd_pred_next_n"] = 2
+    assert policy_spec(config) == expected
+    assert expected.fork
 
 
 @pytest.mark.parametrize("section", ["act_head", "train_setup", "vlm"])

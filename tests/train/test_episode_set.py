@@ -274,3 +274,26 @@ def test_filters_by_name_leave_files_unopened(tmp_path: Path) -> None:
     assert [each.stem for each in read_episodes(DataConfig(sources=(source,)), tmp_path)] == ["good_left"]
     with pytest.raises(ConfigError, match="leaves out every file"):
         read_episodes(DataConfig(sources=(SourceConfig(files=("*.h5",), exclude=("left", "straight")),)), tmp_path)
+
+
+def test_sentences_of_a_source_replace_what_its_files_say(tmp_path: Path) -> None:
+    write_v1(tmp_path, "a_target_left_right_path.h5", length=3, instruction=LEFT)
+    write_v1(tmp_path, "b.h5", length=3, instruction=RIGHT)
+    words = {"right": ("Go right", "<grounding>An image of a robot Head right"), "left": ("Go left",)}
+    data = DataConfig(sources=(SourceConfig(files=(str(tmp_path),), words=words),))
+
+    right, plain = read_episodes(data, tmp_path)
+    assert (right.instruction, right.words) == ("Go right", ("Go right", "Head right"))  # without the text around it
+    assert (plain.instruction, plain.words) == (RIGHT, ())
+
+    data = DataConfig(sources=data.sources, prompt_template="<grounding>")
+    assert [(each.instruction, each.words) for each in read_episodes(data, tmp_path)] == [("", ()), ("", ())]
+
+
+def test_a_file_without_words_needs_none_of_its_own_where_the_source_has_them(tmp_path: Path) -> None:
+    write_v1(tmp_path, "a.h5", length=3, instruction=None)
+    with pytest.raises(EpisodeError, match="has no instruction"):
+        from_folder(tmp_path)
+    source = SourceConfig(files=(str(tmp_path),), words={"other": ("Go",)})
+    (silent,) = read_episodes(DataConfig(sources=(source,)), tmp_path)
+    assert silent.instruction == "Go"

@@ -91,6 +91,35 @@ def test_several_action_tokens_take_the_long_way(synthetic: MakeSynthetic, pixel
         torch.testing.assert_close(TrainingForward(policy)(batch), expected, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("packing", ["upstream", "fork_overwrite"])
+@pytest.mark.parametrize("pad_to", [None, 100])
+def test_a_head_that_is_told_hears_each_frames_own_prompt(
+    synthetic: MakeSynthetic, pixels: Tensor, packing: Packing, pad_to: int | None
+) -> None:
+    options = SyntheticOptions(layout="fork", head="classes", told=True)
+    policy = load(synthetic(options).checkpoint, packing=packing, pad_prompt_to=pad_to).policy
+    batch = windows(pixels)
+    with torch.no_grad():
+        features = []
+        for index, prompt in enumerate(batch.prompt_of):
+            row, mask = (part.unsqueeze(0) for part in policy.padded(batch.prompts[prompt]))
+            features.append(policy.features(policy.image_tokens(pixels[index : index + 1]), row, mask))
+        found = TrainingForward(policy).features(batch)
+        torch.testing.assert_close(found, torch.cat(features), atol=2e-5, rtol=0)
+        policy.act_head.instr_proj.weight.neg_()
+        assert (TrainingForward(policy).features(batch) - found).abs().max() > 1e-2
+
+
+def test_no_gradient_goes_into_the_words_that_a_head_is_told(synthetic: MakeSynthetic, pixels: Tensor) -> None:
+    """As in the lab's first code with this key; under fork_overwrite the row does not show them either."""
+    options = SyntheticOptions(layout="fork", head="classes", told=True, lora=False)
+    policy = load_policy(synthetic(options).checkpoint, packing="fork_overwrite").requires_grad_(True)
+    TrainingForward(policy)(windows(pixels)).square().sum().backward()
+    assert policy.act_head.instr_proj.weight.grad.abs().max() > 0
+    embedded = policy.backbone.text_model.model.embed_tokens.weight.grad
+    assert embedded is None or not bool(embedded.any())
+
+
 def test_cached_tokens_give_the_same(policy: KosmosPolicy, pixels: Tensor) -> None:
     forward = TrainingForward(policy)
     with torch.no_grad():

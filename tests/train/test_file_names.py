@@ -9,7 +9,7 @@ import pytest
 
 from train.episode_choice import weighted
 from train.episode_set import TrainingEpisode
-from train.file_names import family_of, is_straight, named, path_type_of
+from train.file_names import family_of, is_straight, named, path_of, path_type_of
 from train.run_config import SourceConfig
 
 STEM = "episode_20260407_120000_target_left_straight_path__core"
@@ -21,18 +21,20 @@ def episode(stem: str, source: int = 0) -> TrainingEpisode:
 
 
 @pytest.mark.parametrize(
-    ("stem", "kind", "family"),
+    ("stem", "kind", "family", "path"),
     [
-        (STEM, "straight", "left_straight"),  # straight is asked for first
-        ("episode_target_right_left_path_2", "left", "right_left"),
-        ("episode_basket_1box_hori_right", "right", "other"),
-        ("episode_target_left", "left", "other"),
-        ("episode_1", "other", "other"),
+        (STEM, "straight", "left_straight", "straight"),  # straight is asked for first
+        ("episode_target_right_left_path_2", "left", "right_left", "left"),
+        ("episode_target_left_right_path_2", "left", "left_right", "right"),
+        ("episode_basket_1box_hori_right", "right", "other", "other"),
+        ("episode_target_left", "left", "other", "other"),
+        ("episode_1", "other", "other", "other"),
     ],
 )
-def test_what_a_name_says(stem: str, kind: str, family: str) -> None:
+def test_what_a_name_says(stem: str, kind: str, family: str, path: str) -> None:
     assert path_type_of(stem) == kind
     assert family_of(stem) == family
+    assert path_of(stem) == path
 
 
 def test_filters_by_name() -> None:

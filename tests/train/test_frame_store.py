@@ -47,7 +47,7 @@ def files(store: FrameStore) -> list[Path]:
     return sorted(store.folder.glob("*.npy"))
 
 
-@pytest.mark.parametrize("filter_name", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("filter_name", ["bicubic", "bilinear", "letterbox"])
 @pytest.mark.filterwarnings("ignore::episodes.reader.EpisodeWarning")
 def test_frames_are_those_that_the_robot_will_see(tmp_path: Path, filter_name: ResizeFilter) -> None:
     preprocessing = Preprocessing("RGB", filter_name, (0.0,) * 3, (1.0,) * 3, ("static",))

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.oracle import oracle_keys
-from train.keys import canonical, lora_modules, map_keys
+from train.keys import canonical, lora_modules, loss_modules, map_keys
 from train.synthetic_layout import SyntheticOptions, state_keys
 
 LINEAR = "backbone.text_model.model.layers.0.self_attn.q_proj"
@@ -111,12 +111,34 @@ def test_map_keys_finds_every_tensor_of_a_checkpoint_once(peft: str) -> None:
         "model.act_head.class_weights_tensor",
         "model.clip_norm_head.lang_fc.weight",
         "model.clip_norm_head.model.text_projection",
+        "grounding_bbox_head.0.weight",
+        "_forward_module.grounding_coarse_head.3.bias",
+        "module.loss_balance_logits",
+        "loss_balance_ema",
     ],
 )
 def test_buffers_and_second_names_are_ignored_by_name(stray: str) -> None:
     mapped = map_keys([stray, "model.action_token"])
     assert mapped.ignored == (stray,)
     assert set(mapped.names) == {"action_token"}
+
+
+@pytest.mark.parametrize(
+    "unknown",
+    [
+        "grounding_head.0.weight",
+        "model.act_head.grounding_bbox_head.0.weight",
+        "loss_balance_share",
+        "model.fwd_head.fc.weight",
+    ],
+)
+def test_a_name_that_only_looks_like_a_losss_is_not_ignored(unknown: str) -> None:
+    assert map_keys([unknown]).ignored == ()
+
+
+def test_modules_of_losses_are_counted() -> None:
+    raw = ["grounding_bbox_head.0.weight", "module.grounding_bbox_head.0.bias", "loss_balance_ema", "model.lm_head.a"]
+    assert loss_modules(raw) == {"grounding_bbox_head": 2, "loss_balance_ema": 1}
 
 
 def test_map_keys_reports_every_adapter_name() -> None:

@@ -12,9 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Config -> the key that its refusal names.
 REFUSED = {
     "MoNaVLA__bbox_nav_exp53_clip_lora": "nor one of RoboVLMs",
-    "MoNaVLA__mobile_vla_v4_exp01_resume_20260318": "model = 'kosmos-g'",
     "MoNaVLA__mobile_vla_v5_exp10_bbox": "train_setup.predict_action = False",
-    "MoNaVLA__mobile_vla_v5_exp13_instr_cond": "act_head.instr_in_features = 2048",
     "vla__brown_pot_left": "`window_size`, `fwd_pred_next_n`",
     "vla__mobile_vla_no_chunk_abs_20251210": "train_dataset.abs_action = True",
     "vla__mobile_vla_unified_class_win12_k6": "act_head.action_space = 'discrete'",

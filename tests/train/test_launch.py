@@ -370,8 +370,27 @@ def test_a_run_for_a_gpu_is_planned_without_one(run: Callable[..., Launch], monk
         run({"loop.precision": "fp16"})
 
 
-def test_robovlms_own_resampler_trains_and_is_read_again(run: Callable[..., Launch], folder: Path) -> None:
-    done = run({"model.vision_resampler": True, "loop.max_steps": 2, "output.lightning": True})
+def test_a_head_that_is_told_trains_and_is_read_again(run: Callable[..., Launch], folder: Path) -> None:
+    """And hears words that the fork's rows do not show."""
+    settings = {"model.head": "classes", "model.instruction_in_head": True, "model.packing": "fork_overwrite"}
+    done = run({**settings, "loop.max_steps": 2, "output.lightning": True})
+    assert (read_run(folder).epochs[-1].value("instruction_sensitivity") or 0) > 0
+    assert done.outcome is not None
+    assert done.outcome.last is not None
+    loaded = load(done.outcome.last)
+    assert loaded.policy.spec.head.told
+    assert loaded.config["act_head"]["instr_in_features"] == loaded.base.kosmos.text_config.embed_dim
+    whole = load(folder / "checkpoints" / "last.ckpt")
+    assert torch.equal(loaded.state["act_head.instr_proj.weight"], whole.state["act_head.instr_proj.weight"])
+    assert loaded.state["act_head.instr_proj.bias"].any()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_robovlms_own_resampler_is_read_again_whether_or_not_it_trains(
+    run: Callable[..., Launch], folder: Path, frozen: bool
+) -> None:
+    settings = {"model.vision_resampler": True, "model.freeze_resampler": frozen, "output.lightning": True}
+    done = run(settings | {"loop.max_steps": 2})
     assert done.outcome is not None
     assert done.outcome.last is not None
     loaded = load(done.outcome.last)
@@ -379,3 +398,7 @@ def test_robovlms_own_resampler_trains_and_is_read_again(run: Callable[..., Laun
     whole = load(folder / "checkpoints" / "last.ckpt")
     name = "vision_resampler.layers.5.0.to_kv.weight"
     assert torch.equal(loaded.state[name], whole.state[name])
+    planned = next(facts.items["checkpoints"] for facts in done.plan.disk if "checkpoints" in facts.items)
+    assert planned // 5 == pytest.approx(
+        done.outcome.last.stat().st_size, rel=0.05
+    )  # three of the best, the last, and a draft

@@ -261,6 +261,38 @@ def test_half_precision_hides_nothing(model: nn.Module, upstream: SyntheticFiles
         load(path, base=upstream.base)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"use_dora": True}, {"use_dora": True, "use_rslora": True}, {"target_modules": ["embed_tokens"]}],
+    ids=["dora", "dora and rslora", "an embedding"],
+)
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
+def test_merged_adapters_of_other_forms_are_found(
+    model: nn.Module, upstream: SyntheticFiles, tmp_path: Path, fields: dict[str, Any], kind: torch.dtype
+) -> None:
+    wrapped = wrap(model, **fields)
+    wrapped.merge_adapter()
+    setup = {name: value for name, value in fields.items() if name.startswith("use_")}
+    with pytest.raises(CheckpointError, match="already merged into the weights beside them"):
+        load(save(upstream, wrapped.to(kind), tmp_path / "a.ckpt", setup=setup), base=upstream.base)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["as rounded", "as fp32 again"])
+def test_merged_changes_smaller_than_rounding_are_found(
+    model: nn.Module, upstream: SyntheticFiles, tmp_path: Path, again: bool
+) -> None:
+    wrapped = wrap(model)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(0.005)
+    wrapped.merge_adapter()
+    wrapped = wrapped.bfloat16()
+    with pytest.raises(CheckpointError, match="already merged"):
+        load(save(upstream, wrapped.float() if again else wrapped, tmp_path / "a.ckpt"), base=upstream.base)
+
+
 def test_another_base_that_the_file_holds_whole_is_used_and_said(
     model: nn.Module, upstream: SyntheticFiles, tmp_path: Path
 ) -> None:
@@ -316,6 +348,7 @@ def test_a_projection_that_trained_beside_its_adapters_is_no_other_base(
         ({"bias": "lora_only"}, {"lora_bias": "lora_only"}, "q_proj.bias"),
         ({"bias": "all"}, {"lora_bias": "all"}, "fc1.bias"),
         ({}, {"train_text_embedding": True}, "embed_tokens.weight"),
+        ({}, {"tune_mm_projector": True}, "image_to_text_projection.dense.weight"),
     ],
 )
 def test_what_was_trained_is_not_taken_from_the_base(
@@ -430,3 +463,14 @@ def test_a_folded_policy_is_saved_without_adapters(model: nn.Module, upstream: S
     loaded = load(save(upstream, wrapped, tmp_path / "a.ckpt"), base=upstream.base)
     save_small(loaded, tmp_path / "a.safetensors")
     assert_merged(load(tmp_path / "a.safetensors", base=upstream.base), truth(wrapped))
+
+
+def test_a_small_file_may_leave_out_what_training_did_not_move(
+    model: nn.Module, upstream: SyntheticFiles, tmp_path: Path
+) -> None:
+    """Merged adapters leave a config behind that says the rest was to train; what equals the base is not written again."""
+    wrapped = wrap(model, use_dora=True)
+    setup = {"use_dora": True, "freeze_backbone": False, "train_vision": True}
+    loaded = load(save(upstream, wrapped, tmp_path / "a.ckpt", setup=setup), base=upstream.base)
+    save_small(loaded, tmp_path / "small.safetensors")
+    assert_merged(load(tmp_path / "small.safetensors", base=upstream.base), truth(wrapped))

@@ -226,10 +226,13 @@ def test_two_cameras_and_several_action_tokens_are_hugging_faces(
     torch.testing.assert_close(chunks, policy.act_head(expected[None]), atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("length", [10, 64, 70])
-def test_fork_features_are_hugging_faces(synthetic: MakeSynthetic, length: int) -> None:
-    """Image tokens over the first slots, text behind them, the action token behind max(L, 64); nothing in between."""
-    options = SyntheticOptions(layout="fork", head="velocities")
+@pytest.mark.parametrize(("length", "resampler"), [(10, False), (64, False), (70, False), (10, True)])
+def test_fork_features_are_hugging_faces(synthetic: MakeSynthetic, length: int, resampler: bool) -> None:
+    """Image tokens over the first slots, text behind them, the action token behind max(L, 64); nothing in between.
+
+    The image tokens are Kosmos-2's own, whether or not the checkpoint has a resampler of RoboVLMs.
+    """
+    options = SyntheticOptions(layout="fork", head="velocities", vision_resampler=resampler)
     policy = load(synthetic(options).checkpoint, packing="fork_overwrite").policy
     ids = torch.tensor([[*IDS[:-1], *range(200, 200 + length - len(IDS)), IDS[-1]]])
     assert ids.shape[1] == length

@@ -200,6 +200,7 @@ class TestChecks:
         one = replace(plan, instructions=plan.instructions[:1])
         assert "one instruction" in text_of(checks.check_words(one, config()))
         assert not text_of(checks.check_words(one, config(augment={"mirror": 0.5})))
+        assert not text_of(checks.check_words(one, config(augment={"stop": 0.1})))  # there is something else to be told
         assert not text_of(checks.check_words(plan, config()))
 
     def test_words_that_are_invisible(self, plan: Plan) -> None:
@@ -207,6 +208,8 @@ class TestChecks:
             checks.check_packing(plan, config(model={"packing": "fork_overwrite"}))
         )
         assert not text_of(checks.check_packing(plan, config()))
+        told = {"head": "classes", "packing": "fork_overwrite", "instruction_in_head": True}
+        assert "but hear their mean in its head" in text_of(checks.check_packing(plan, config(model=told)))
 
     def test_axes(self, plan: Plan) -> None:
         still = replace(plan.axes[0], minimum=0.0, maximum=0.0)
@@ -221,6 +224,9 @@ class TestChecks:
         absent = replace(plan, classes={"stop": 3, "backward": 0})
         assert "of class backward" in text_of(checks.check_classes(absent, config(model={"head": "classes"})))
         assert not text_of(checks.check_classes(absent, config()))
+        told = config(model={"head": "classes"}, augment={"steer": 0.1, "turn_words": []})
+        text = text_of(checks.check_classes(replace(plan, classes={"F": 3, "B": 0, "L": 0, "R": 0}), told))
+        assert "no training frame is of class B |" in text  # windows that are told to go left and right are labelled so
 
     @pytest.mark.parametrize(
         ("left", "right", "mirror", "warned"),

@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 
 from bundle.errors import BaseWeightsError, CheckpointError, ConfigError
 from bundle.hashing import sha256_file
-from tests.checkpoints import MakeSynthetic, read
+from tests.checkpoints import MakeSynthetic, configs, read
 from tests.train.runs import RunFiles
 from tests.train.test_robovlms_config import fork_config
 from train.checkpoint import load, load_policy, save_small
 from train.launch import launch
 from train.ledger import read_run
 from train.load_config import load_run_config
+from train.policy import KosmosPolicy
 from train.robovlms_base import StartingPoint, starting_point
 from train.run_config import BaseConfig, LoraConfig
 from train.run_setup import gather
@@ -82,6 +83,22 @@ def test_another_checkpoint_is_another_base(synthetic: MakeSynthetic, fork: Synt
     assert robovlms_base(fork.checkpoint, fork.base, tmp_path) != robovlms_base(other.checkpoint, other.base, tmp_path)
 
 
+def test_a_corrected_config_beside_the_checkpoint_is_another_base(fork: SyntheticFiles, tmp_path: Path) -> None:
+    """It says how strongly adapters act: what was merged with another scale must not be taken again."""
+    content = read(fork.checkpoint)
+    config = configs(content)
+    weights = tmp_path / "policy.pt"
+    torch.save({"state_dict": content["state_dict"]}, weights)
+    made = []
+    for alpha in (8, 16, 8):
+        config["train_setup"]["lora_alpha"] = alpha
+        weights.with_suffix(".json").write_text(json.dumps(config), encoding="utf-8")
+        made.append(robovlms_base(weights, fork.base, tmp_path / "bases"))
+    assert made[0] == made[2]
+    one, other = (load_file(base / "model.safetensors") for base in made[:2])
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
 def test_a_damaged_checkpoint_leaves_no_base(fork: SyntheticFiles, tmp_path: Path) -> None:
     broken = tmp_path / "broken.ckpt"
     broken.write_bytes(fork.checkpoint.read_bytes()[:5000])
@@ -113,6 +130,30 @@ def test_a_whole_policy_goes_on_as_it_was(
     same_policy(policy, load_policy(fork.checkpoint, packing="upstream"))
     other = config.model.lora.targets != "none" and "merged" in found.story
     assert not other or all(not p.any() for name, p in policy.named_parameters() if ".lora_B." in name)
+
+
+def test_a_resampler_goes_on_where_the_run_has_one(
+    synthetic: MakeSynthetic, run_files: RunFiles, tmp_path: Path
+) -> None:
+    """Under fork_overwrite no run has one, and the policy goes on without."""
+    files = synthetic(SyntheticOptions(layout="fork", head="velocities", lora=False, vision_resampler=True))
+    head = {"model.hidden": 40, "model.layers": 4, "data.chunk": 10, "model.lora": {"targets": "none"}}
+    base = {"base.weights": str(files.checkpoint), "base.take": "policy"}
+
+    def built(settings: dict[str, Any]) -> KosmosPolicy:
+        config = load_run_config(run_files.config(tmp_path / "run.json", {**base, **head, **settings})).config
+        found = start(files.checkpoint, files.base, tmp_path / "bases", take="policy", lora=config.model.lora)
+        return build_policy(config, found.base, action_range=(-1.0, 1.0))
+
+    same_policy(built({"model.vision_resampler": True}), load_policy(files.checkpoint, packing="upstream"))
+    without = built({"model.packing": "fork_overwrite"})
+    assert not without.resamples
+    ids = torch.tensor([[0, 60, 9, 12, 2]])
+    pixels = torch.randn(1, 1, 1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    expected = load_policy(files.checkpoint, packing="fork_overwrite")(pixels, ids, torch.ones_like(ids))
+    torch.testing.assert_close(without.eval()(pixels, ids, torch.ones_like(ids)), expected, atol=2e-5, rtol=0)
+    with pytest.raises(CheckpointError, match=r"first vision_resampler(.|\n)*and its model\.vision_resampler"):
+        built({})
 
 
 def test_a_policy_with_another_head_is_refused(fork: SyntheticFiles, run_files: RunFiles, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from bundle.errors import ConfigError, UnsupportedPolicyError
+from train.config import policy_spec
 from train.config_checks import convert
 from train.robovlms_config import Notes, from_robovlms, is_robovlms
 from train.run_config import AugmentConfig, LoraConfig, RunConfig
@@ -310,6 +311,57 @@ def test_augmentation() -> None:
     assert run().augment == AugmentConfig()
 
 
+LAB = {"type": "NavDataset", "grounding_prefix": True}
+LAB_UNDER_ANOTHER_NAME = {"type": "MobileVLAH5Dataset", "grounding_prefix": True}
+
+
+def of_dataset(changes: dict[str, Any]) -> dict[str, Any]:
+    return {f"train_dataset__{key}": value for key, value in changes.items()}
+
+
+@pytest.mark.parametrize("loader", [LAB, LAB_UNDER_ANOTHER_NAME])
+def test_what_the_loader_does_where_the_config_says_nothing(loader: dict[str, Any]) -> None:
+    """The lab's package puts its own loader under the fork's name, too; a key that the fork's lacks tells."""
+    silent = {**loader, "train_split": None, "use_color_jitter": True}
+    config = run(**of_dataset(silent))
+    assert (config.data.val_share, config.augment.saturation) == (0.1, 0.4)
+    assert config.data.sources[0].least_frames == 10
+    assert (config.data.prompt_template, config.data.pad_prompt_to) == ("<grounding>{instruction}", 256)
+
+    fork = run(**of_dataset({"train_split": None, "use_color_jitter": True}))
+    assert (fork.data.val_share, fork.augment.saturation) == (0.2, 0.3)
+    assert fork.data.sources[0].least_frames == 0
+
+
+def test_a_letterbox_is_left_out_where_the_loader_leaves_it_out() -> None:
+    """Training and import of a checkpoint alike."""
+    asked = {**LAB, "resize_mode": "letterbox"}
+    for changes, resize in (
+        (asked, "letterbox"),
+        ({**asked, "use_random_crop": True}, "bilinear"),
+        ({**asked, "type": "DiskCalvinDataset"}, "bicubic"),
+    ):
+        values = fork_config(**of_dataset(changes))
+        config, notes = read(values)
+        assert policy_spec(values).resize == config.data.resize == resize
+        assert any("without effect: resize_mode" in text for text in notes.assumed) == (resize != "letterbox")
+
+
+def test_a_prior_counts_as_in_the_labs_sum() -> None:
+    """A step of theirs minimises 2 (ce + w prior) + ce + prior."""
+    head = {
+        "act_head__type": "MobileVLAClassificationDecoder",
+        "act_head__num_classes": 8,
+        "act_head__prior_reg_weight": 0.2,
+        "act_head__target_class_prior": [0.125] * 8,
+    }
+    loss = run(**of_dataset(LAB), **head).loss
+    summed = {"ce": 2 + 1, "prior": 2 * 0.2 + 1}
+    assert loss.prior_weight == pytest.approx(summed["prior"] / summed["ce"], abs=1e-5)
+    assert "prior_reg_weight 0.2 counts as 0.466667" in assumed(**of_dataset(LAB), **head)
+    assert run(**of_dataset(LAB), **{**head, "act_head__target_class_prior": None}).loss.prior_weight == 0
+
+
 def test_several_datasets() -> None:
     values = fork_config()
     values["train_dataset"] = [values["train_dataset"], {**values["train_dataset"], "data_dir": "/more/", "rgb_pad": 3}]
@@ -332,6 +384,37 @@ def test_packing_is_the_right_one_unless_told_otherwise() -> None:
     assert "words are invisible" in assumed()
     assert run(jetvla={"packing": "fork_overwrite"}).model.packing == "fork_overwrite"
     assert "words are invisible" not in assumed(jetvla={"packing": "upstream"})
+
+
+def test_a_resampler_trains_where_its_row_is_used() -> None:
+    lab = {"use_vision_resampler": True, "train_setup__freeze_resampler": True}
+    assert (run(**lab).model.vision_resampler, run(**lab).model.freeze_resampler) == (True, True)
+    overwritten = {**lab, "jetvla": {"packing": "fork_overwrite"}}
+    assert not run(**overwritten).model.vision_resampler
+    assert "use_vision_resampler has no effect" in assumed(**overwritten)
+
+
+def test_a_class_head_is_told_the_instruction_where_the_lab_says_so() -> None:
+    lab = {
+        "act_head__type": "NavPolicy",
+        "act_head__num_classes": 9,
+        "act_head__instr_in_features": 2048,
+        "train_dataset__discrete_action": True,
+    }
+    assert run(**lab).model.instruction_in_head
+    assert "the mean of the prompt's word embeddings, padding included" in assumed(**lab)
+    other = {"act_head__instr_in_features": 2048}
+    assert not run(**other).model.instruction_in_head
+    assert "act_head.instr_in_features has no effect" in assumed(**other)
+
+
+def test_another_kosmos_is_a_name_of_folders() -> None:
+    """The class, its weights and the loader of HDF5 episodes do not ask for it."""
+    assert "model kosmos-g is a name of folders only" in assumed(model="kosmos-g")
+    assert "model kosmos" not in assumed()
+    for changes in ({"model": "paligemma"}, {"model": "kosmos-g", "train_dataset__type": "DiskCalvinDataset"}):
+        with pytest.raises(UnsupportedPolicyError, match=r"lab\.json: model = "):
+            run(**changes)
 
 
 def test_facts_that_our_trainer_recorded_count() -> None:

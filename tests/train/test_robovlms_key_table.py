@@ -70,7 +70,7 @@ def test_no_known_key_is_called_unknown(key: str) -> None:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("model", "kosmos-g"),
+        ("model", "paligemma"),
         ("use_clip_norm", True),
         ("train_setup__predict_action", False),
         ("train_setup__predict_caption", True),
@@ -171,3 +171,94 @@ def test_filters_and_shares_of_a_dataset() -> None:
     assert source.curved
     assert source.least_frames == 10
     assert source.path_shares == {"left": 0.5, "right": 0.5}
+
+
+def test_what_a_letterbox_does_not_share_with_the_loader_is_said() -> None:
+    nav = {"train_dataset__type": "NavDataset", "train_dataset__resize_mode": "letterbox"}
+    config, notes = read(fork_config(**nav))
+    assert config.data.resize == "letterbox"
+    assert not any("letterbox" in text for text in notes.assumed)
+    _, notes = read(fork_config(**nav, train_dataset__use_color_jitter=True))
+    assert sum("colours change after it" in text for text in notes.assumed) == 1
+    config, notes = read(fork_config(**nav, train_dataset__use_random_crop=True, train_dataset__use_color_jitter=True))
+    assert config.data.resize == "bilinear"  # a loader that crops leaves the letterbox out
+    assert sum("letterbox" in text for text in notes.assumed) == 1
+
+
+@pytest.mark.parametrize(("kind", "share"), [("MobileVLAH5Dataset", 0.2), ("NavDataset", 0.1)])
+def test_the_share_that_validates_is_the_loader_s_own_where_the_config_is_silent(kind: str, share: float) -> None:
+    values = fork_config(train_dataset__type=kind)
+    del values["train_dataset"]["train_split"]
+    assert read(values)[0].data.val_share == share
+
+
+def test_sentences_that_a_config_states_are_told() -> None:
+    nav = {"train_dataset__type": "NavDataset", "train_dataset__grounding_prefix": True}
+    override = {"left": ["Go left", "Head left"], "right": ["Go right"], "default": ["Go"], "note": "x"}
+    config, notes = read(fork_config(**nav, train_dataset__instruction_override=override))
+    words = config.data.sources[0].words
+    assert words == {"left": ("Go left", "Head left"), "right": ("Go right",), "other": ("Go",)}
+    assert any("where it has no straight: a sentence drawn from lists in the code" in text for text in notes.assumed)
+
+    whole = {**override, "straight": ["Go on"]}
+    config, notes = read(fork_config(**nav, train_dataset__instruction_override=whole))
+    assert config.data.sources[0].words.keys() == {"left", "right", "straight", "other"}
+    assert not any("lists in the code" in text for text in notes.assumed)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train_dataset__type": "MobileVLAH5Dataset", "train_dataset__instruction_override": {"left": ["Go left"]}},
+        {
+            "train_dataset__type": "NavDataset",
+            "train_dataset__instruction_override": {"left": ["Go left"]},
+        },  # before V5
+        {"train_dataset__type": "NavDataset", "instruction_override": {"left": ["Go left"]}},
+        {
+            "train_dataset__type": "NavDataset",
+            "train_dataset__grounding_prefix": True,
+            "train_dataset__instruction_preset": "action_aware_train",
+            "train_dataset__instruction_override": {"left": ["Go left"]},
+        },
+    ],
+)
+def test_sentences_that_the_loader_does_not_read_are_not_told(changes: dict[str, Any]) -> None:
+    assert read(fork_config(**changes))[0].data.sources[0].words == {}
+
+
+def test_what_each_of_the_labs_loaders_does_otherwise() -> None:
+    fork, nav = (
+        "\n".join(read(fork_config(train_dataset__type=kind))[1].assumed)
+        for kind in ("MobileVLAH5Dataset", "NavDataset")
+    )
+    for text in ("draws fewer at random", "one of five", "subtracted no mean"):
+        assert text in fork
+        assert text not in nav
+    assert "leaves out those with a chunk beyond the end" in nav
+
+
+def test_the_later_loader_subtracts_clips_mean_whatever_it_is_told() -> None:
+    strange = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    assert read(fork_config(train_dataset__type="NavDataset", **strange))[0].data.pixel_norm == "clip"
+
+
+@pytest.mark.parametrize(
+    ("changes", "accumulate", "text"),
+    [
+        ({}, 8, None),
+        ({"gpus": 1, "num_nodes": 1}, 8, None),
+        ({"gpus": 4}, 32, "the batches of 4 processes"),
+        ({"gpus": [0, 2], "num_nodes": 2}, 32, "the batches of 4 processes"),
+        ({"gpus": "auto"}, 8, "taken for one"),
+        ({"gpus": -1}, 8, "taken for one"),
+        ({"trainer__devices": 4, "trainer__num_nodes": 4}, 8, None),  # RoboVLMs overwrites them
+    ],
+)
+def test_a_step_is_as_many_windows_as_it_was_on_several_gpus(
+    changes: dict[str, Any], accumulate: int, text: str | None
+) -> None:
+    config, notes = read(fork_config(**changes))
+    assert config.loop.accumulate == accumulate
+    assert any("gpus" in each for each in notes.assumed) == (text is not None)
+    assert text is None or any(text in each for each in notes.assumed)

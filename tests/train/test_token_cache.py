@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 
 from bundle.errors import StorageError
 from tests.checkpoints import file_size_limit
@@ -55,6 +57,21 @@ def test_what_decides_them_is_in_their_name(gathered: Gathered, tmp_path: Path, 
     cache(gathered, tmp_path / "tokens").tokens(episode, mirrored=False)
     cache(gathered, tmp_path / "tokens", **changed).tokens(episode, mirrored=False)
     assert len(list((tmp_path / "tokens").iterdir())) == 2
+
+
+def test_a_resampler_behind_the_base_is_in_their_name(gathered: Gathered, tmp_path: Path) -> None:
+    """Left as it starts, it is not trained, so tokens are cached; no hash of the base knows it."""
+    episode, config = gathered.train[0], gathered.config
+    model = replace(config.model, vision_resampler=True, freeze_resampler=True)
+    seeds = (config.loop, replace(config.loop, seed=config.loop.seed + 1))
+    others = [dataclasses.replace(gathered, config=replace(config, model=model, loop=loop)) for loop in seeds]
+    for each in (gathered, *others):
+        policy = build_policy(each.config, each.base, action_range=(-1.0, 1.0)).eval()
+        shown = pixels_of(np.asarray(each.store.frames(episode)), "clip", torch.device("cpu"))
+        with torch.no_grad():
+            expected = policy.image_tokens(shown)
+        tokens = cache(each, tmp_path / "tokens").tokens(episode, mirrored=False)
+        np.testing.assert_allclose(tokens, expected.numpy(), atol=1e-5)
 
 
 def test_a_damaged_file_is_made_again(gathered: Gathered, tmp_path: Path) -> None:

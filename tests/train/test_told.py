@@ -92,3 +92,26 @@ def test_what_cannot_be_told_is_refused(sections: Any, key: str) -> None:
 def test_what_can_be_told_is_accepted() -> None:
     config(augment={"steer": 0.1}, model=EIGHT, data={"actions": list(AXES)})
     config(augment={"steer": 0.1, "turn_words": []})
+
+
+def test_an_epoch_tells_each_episode_one_of_its_sentences() -> None:
+    words = [("Go left", "Head left", "Left, please"), (), ("Go",)]
+    seen: list[dict[int, set[str | None]]] = []
+    for epoch in range(40):
+        steps = epoch_plan([12] * 3, LoopConfig(), AugmentConfig(), window=4, epoch=epoch, words=words)
+        told: dict[int, set[str | None]] = {}
+        for view in (window.view for step in steps for batch in step for window in batch):
+            told.setdefault(view.episode, set()).add(view.told and view.told.words)
+            assert view.told is None or view.told.motion is None
+        seen.append(told)
+    assert all(len(sentences) == 1 for told in seen for sentences in told.values())
+    assert set().union(*(told[0] for told in seen)) == set(words[0])
+    assert {sentence for told in seen for sentence in told[1] | told[2]} == {None, "Go"}
+
+
+def test_a_window_that_is_told_to_do_something_else_does_not_hear_its_sentence() -> None:
+    augment = AugmentConfig(stop=1.0)
+    steps = epoch_plan([12], LoopConfig(), augment, window=4, epoch=0, words=[("Go left",)])
+    assert {window.view.told.motion for step in steps for batch in step for window in batch if window.view.told} == {
+        "Stop"
+    }

@@ -1,0 +1,239 @@
+"""Reads every case of tests/hostile_episodes.py in a process of its own, as the doctor and as training do, and prints what came of it.
+
+What a process took is counted from what it began with, and held against what a sound file of that size takes: its bytes twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import select
+import signal
+import sys
+import tempfile
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from bundle.errors import JetvlaError
+from episodes.examination import examine
+from episodes.layout import IMAGES, Schema
+from episodes.pictures import decode_picture
+from episodes.reader import Episode, open_episode
+from tests.hostile_episodes import Case, Sound, cases, make_sound, opened
+
+CPU_S = 10.0
+MEMORY_BYTES = 1 << 30
+_PATIENCE_S = 120.0  # of the clock; the machine may be busy
+_LIMIT_CPU_S = 25
+_LIMIT_ADDRESSES = 64 << 30
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a case.
+
+    Attributes:
+        kind: refused; same (as the sound file); warned (read otherwise, and the doctor says something); stored (read otherwise, as
+            the bytes now say, which no checksum covers); silent (read otherwise, without a word); untyped; killed.
+        missed: training refuses what the doctor calls good.
+    """
+
+    case: Case
+    kind: str
+    said: str
+    missed: bool
+    cpu_s: float
+    memory: int
+    file_bytes: int
+
+    def faults(self) -> list[str]:
+        """The promises that it broke."""
+        found = []
+        if self.kind == "killed" or self.cpu_s > CPU_S:
+            found.append("more than 10 s")
+        if self.memory > MEMORY_BYTES + 2 * self.file_bytes:
+            found.append("more than 1 GB above need")
+        if self.kind == "untyped":
+            found.append("untyped exception")
+        if self.kind == "silent" or (self.case.must_refuse and self.kind in ("same", "stored", "warned")):
+            found.append("read without a word")
+        if self.missed:
+            found.append("not found by the doctor")
+        return found
+
+
+def content(episode: Episode) -> list[str]:
+    """What an episode says: hashes of actions and frames, and the rest."""
+    digest = hashlib.sha256()
+    for frame in episode.frames():
+        digest.update(repr(frame.shape).encode())
+        digest.update(frame.tobytes())
+    actions = hashlib.sha256(episode.actions.tobytes()).hexdigest()
+    rate = None if episode.fps is None else round(episode.fps, 6)
+    return [actions, digest.hexdigest(), repr((len(episode), episode.action_names, episode.instruction, rate))]
+
+
+def read_case(path: Path, good: list[str]) -> tuple[str, str, bool]:
+    """Kind, what was said, and whether the doctor missed it."""
+    try:
+        findings = [] if ".mcap" in path.name else [(p.severity, f"{p.code}: {p.text}") for p in examine(path).problems]
+        json.dumps(findings)
+        try:
+            with open_episode(path) as episode:
+                found = content(episode)
+        except JetvlaError as error:
+            str(error).encode()
+            missed = ".mcap" not in path.name and not any(severity == "error" for severity, _ in findings)
+            return "refused", f"{type(error).__name__}: {error.what} ({error.got})", missed
+        if found == good:
+            return "same", "", False
+        if findings:
+            return "warned", "; ".join(text for _, text in findings), False
+        kind = "stored" if path.suffix != ".h5" or found[:2] == _naive(path, episode.schema) else "silent"
+        return kind, repr([a for a, b in zip(found, good, strict=True) if a != b]) if good else "", False
+    except BaseException as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return (
+            "untyped",
+            f"{type(error).__name__}: {str(error)[:200]} ({Path(where.filename).name}:{where.lineno})",
+            False,
+        )
+
+
+def _naive(path: Path, schema: str) -> list[str]:
+    """Hashes of what h5py itself reads, asking nothing."""
+    known: Schema = schema  # type: ignore[assignment]
+    with h5py.File(path) as file:
+        images, actions = file[IMAGES[known]][()], np.asarray(file["actions"][()], np.float32)
+    digest = hashlib.sha256()
+    for image in images:
+        frame = (
+            decode_picture(image.tobytes(), png=False)
+            if image.ndim == 1
+            else image[..., ::-1]
+            if schema == "v6"
+            else image
+        )
+        digest.update(repr(frame.shape).encode())
+        digest.update(np.ascontiguousarray(frame).tobytes())
+    return [hashlib.sha256(actions.tobytes()).hexdigest(), digest.hexdigest()]
+
+
+def run_case(case: Case, folder: Path, good: dict[str, list[str]]) -> Outcome:
+    """Make a case and read it in a child; both in children, so that making it leaves no memory behind."""
+    made = _in_child(lambda: ("made", str(case.make(folder)), False), _PATIENCE_S * 5)
+    assert made[0] == "made", (case.name, made)
+    path = Path(made[1])
+    size = sum(each.stat().st_blocks * 512 for each in folder.rglob("*") if each.is_file() and not each.is_symlink())
+    kind, said, missed, cpu_s, memory = _in_child(lambda: read_case(path, good.get(case.sound, [])), _PATIENCE_S)
+    return Outcome(case, kind, said, missed, cpu_s, memory, size)
+
+
+def _in_child(work: Callable[[], tuple[str, str, bool]], patience_s: float) -> tuple[str, str, bool, float, int]:
+    """What `work` says, its CPU time, and the bytes that it took beyond those with which it began."""
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        seconds = int(patience_s)
+        resource.setrlimit(
+            resource.RLIMIT_CPU, (min(seconds, _LIMIT_CPU_S) if patience_s == _PATIENCE_S else seconds,) * 2
+        )
+        resource.setrlimit(resource.RLIMIT_AS, (_LIMIT_ADDRESSES, _LIMIT_ADDRESSES))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        warnings.simplefilter("ignore")
+        try:
+            kind, said, missed = work()
+            os.write(writing, json.dumps((kind, said[:2000], missed)).encode())
+        except BaseException as error:
+            os.write(writing, json.dumps(("untyped", repr(error)[:2000], False)).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    ready, _, _ = select.select([reading], [], [], patience_s)
+    answer = os.read(reading, 1 << 16) if ready else b""
+    if not ready:
+        os.kill(child, signal.SIGKILL)
+    os.close(reading)
+    _, status, usage = os.wait4(child, 0)
+    cpu_s, memory = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 - before
+    if not answer:
+        said = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else "no answer"
+        return "killed", said, False, cpu_s, memory
+    kind, said, missed = json.loads(answer)
+    return kind, said, missed, cpu_s, memory
+
+
+def contents(sound: Sound) -> dict[str, list[str]]:
+    """What the sound files say; none of them has an error."""
+    found = {}
+    for name in sound.names:
+        path = opened(sound.folder / name)
+        assert ".mcap" in name or not examine(path).errors, (name, examine(path).errors)
+        with open_episode(path) as episode:
+            found[name] = content(episode)
+    return found
+
+
+def run_all(chosen: Iterable[Case], folder: Path, sound: Sound) -> Iterator[Outcome]:
+    """Every case, one after the other; its files are removed."""
+    good = contents(sound)
+    for case in chosen:
+        with tempfile.TemporaryDirectory(dir=folder) as own:
+            yield run_case(case, Path(own), good)
+
+
+def main(pattern: str = "", scale: str = "1") -> int:
+    """Print the table; 1 if a promise was broken."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        sound = make_sound(folder / "sound")
+        outcomes = []
+        for outcome in run_all((case for case in cases(sound, float(scale)) if pattern in case.name), folder, sound):
+            outcomes.append(outcome)
+            faults = outcome.faults()
+            if faults or pattern:
+                took = f"{outcome.cpu_s:.1f} s, {outcome.memory / 1e6:.0f} MB"
+                print(
+                    f"{outcome.case.name}: {', '.join(faults) or outcome.kind}; {took}; {outcome.said[:300]}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        print(table(outcomes))
+    return int(any(outcome.faults() for outcome in outcomes))
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """Rows of Markdown: a kind of input, what came of it, and the most that it took."""
+    lines = [
+        "| kind | inputs | refused | as the sound file | otherwise, and said so | as the bytes say | CPU time | memory "
+        "| broken promises |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    kinds = dict.fromkeys(outcome.case.name.partition("/")[0] for outcome in outcomes)
+    for kind in [*kinds, ""]:
+        mine = [outcome for outcome in outcomes if not kind or outcome.case.name.startswith(f"{kind}/")]
+        came = Counter(outcome.kind for outcome in mine)
+        faults = Counter(fault for outcome in mine for fault in outcome.faults())
+        broken = ", ".join(f"{count} {fault}" for fault, count in faults.items()) or "0"
+        most, memory = max(each.cpu_s for each in mine), max(each.memory for each in mine) / 1e6
+        lines.append(
+            f"| {kind or 'all'} | {len(mine)} | {came['refused']} | {came['same']} | {came['warned']} | {came['stored']} "
+            f"| {most:.1f} s | {memory:.0f} MB | {broken} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:3]))
