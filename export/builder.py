@@ -20,6 +20,7 @@ from bundle.atomic import disk_errors, link_or_copy, staged_directory
 from bundle.errors import BundleError, ParityError
 from bundle.hashing import content_bytes, content_files, sha256_file
 from bundle.manifest import File, FloatPrecision, Manifest, Stage
+from bundle.prompt_template import takes_words
 from bundle.recording import Recording
 from bundle.strangers import keep_strangers
 from export import verification
@@ -205,6 +206,8 @@ def _report_meaning(config: BuildConfig, loaded: LoadedPolicy, reporter: Reporte
     spec = loaded.policy.spec
     padded = f" padded to {spec.pad_to} tokens" if spec.pad_to is not None else ""
     reporter.result(f"prompt {spec.prompt_template!r}{padded} ({spec.prompt_source})")
+    if not takes_words(spec.prompt_template):
+        reporter.warn("the prompt has no {instruction} in it: whatever the robot is told, the policy does the same.")
     if spec.head.kind == "classes":
         action = action_spec(spec, config, loaded.facts)
         reporter.result(f"classes {' '.join(classes_of_action(action).spelled())} ({action.classes_source})")

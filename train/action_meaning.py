@@ -132,8 +132,9 @@ def _classes(
         texts, source = spec.classes, spec.classes_source
     hint = "for example --classes Stop F L R FL FR TurnL=0,0,0.5; the order stands in the dataset code of the run."
     if len(texts) != count:
+        what = f"--classes names {len(texts)} of {count} classes" if stated else ""
         raise ConfigError(
-            f"what the {count} classes mean must be stated",
+            what or f"what the {count} classes mean must be stated",
             got=" ".join(texts) or f"nothing; {source}" if source else "nothing",
             expected=f"{count} of {' '.join(DIRECTIONS)} or NAME=vx,vy[,wz], in training order",
             hint=hint,

@@ -31,6 +31,12 @@ def test_missing(tmp_path):
     assert "not found" in refusal(tmp_path / "episode.h5")
 
 
+def test_a_named_pipe_is_not_waited_for(tmp_path):
+    pipe = tmp_path / "episode.h5"
+    os.mkfifo(pipe)
+    assert "is a named pipe" in refusal(pipe)
+
+
 def test_folder(tmp_path):
     assert "is a folder" in refusal(tmp_path)
 

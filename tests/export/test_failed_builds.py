@@ -204,7 +204,7 @@ REFUSALS = (
     Refusal(
         "too few classes",
         ConfigError,
-        ("what the 7 classes mean must be stated", "got:      Stop F"),
+        ("--classes names 2 of 7 classes", "got:      Stop F"),
         SEVEN,
         {"packing": "upstream", "classes": ("Stop", "F")},
     ),

@@ -142,7 +142,7 @@ def test_any_number_of_classes_can_be_stated_and_nothing_is_guessed() -> None:
     with pytest.raises(ConfigError, match="what the 3 classes mean must be stated") as caught:
         action_of(spec(3, source="nobody knows"))
     assert "nobody knows" in str(caught.value)
-    with pytest.raises(ConfigError, match="what the 8 classes mean must be stated"):
+    with pytest.raises(ConfigError, match="--classes names 2 of 8 classes"):
         action_of(spec(8, classes=ORDERS[8]), classes=("Stop", "F"))
 
 

@@ -317,6 +317,31 @@ def test_another_base_is_not_mixed_with_the_files(model: nn.Module, upstream: Sy
         load(path, base=upstream.base)
 
 
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_projection_that_trained_beside_its_adapters_is_no_other_base(
+    model: nn.Module, upstream: SyntheticFiles, tmp_path: Path, trains: bool
+) -> None:
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in changed.image_to_text_projection.parameters():
+            parameter.mul_(1.01)
+    wrapped = wrap(changed, target_modules=r".*(text_model.*q_proj|image_to_text_projection\.dense)")
+    path = save(
+        upstream,
+        wrapped,
+        tmp_path / "a.ckpt",
+        setup={"tune_mm_projector": trains},
+        keep=lambda name: "vision_model" not in name,
+    )
+    if trains:
+        loaded = load(path, base=upstream.base)
+        assert_merged(loaded, truth(wrapped))
+        assert loaded.remark is None
+    else:
+        with pytest.raises(BaseWeightsError, match="is not the base of"):
+            load(path, base=upstream.base)
+
+
 @pytest.mark.parametrize(
     ("fields", "setup", "missing"),
     [
