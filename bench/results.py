@@ -17,6 +17,7 @@ import numpy as np
 
 from bundle.atomic import write_bytes
 from bundle.errors import ConfigError
+from bundle.reading_limits import TEXT_BYTES, read_bytes
 
 SCHEMA = 1
 RESULT_NAME = "latency.json"
@@ -353,7 +354,7 @@ def read_result(path: Path) -> Result:
     """
     hint = "python bench/latency.py BUNDLE --out FOLDER writes one."
     try:
-        raw = path.read_bytes()
+        raw = read_bytes(path, TEXT_BYTES)
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be read", got=error.strerror, expected=f"a {RESULT_NAME}", hint=hint

@@ -13,11 +13,20 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from bundle.reading_limits import check_regular_file
+
 _CHUNK_BYTES = 8 << 20
 
 
 def sha256_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """Hex sha256 of a file, read in 8 MiB pieces; `progress` gets the size of each piece."""
+    """Hex sha256 of a file, read in 8 MiB pieces; `progress` gets the size of each piece.
+
+    Raises:
+        InputFileError: a pipe or a device, which never ends.
+        OSError: it cannot be read.
+    """
+    if path.exists():
+        check_regular_file(path)
     digest = hashlib.sha256()
     buffer = bytearray(_CHUNK_BYTES)
     view = memoryview(buffer)

@@ -19,6 +19,7 @@ import msgspec
 from bundle.atomic import write_bytes
 from bundle.errors import BundleError, BundleVersionError
 from bundle.hashing import sha256_file
+from bundle.reading_limits import read_bytes
 
 SCHEMA = 2
 MANIFEST_NAME = "manifest.json"
@@ -277,7 +278,7 @@ class Manifest(_Strict, frozen=True):
         """
         path = _manifest_path(bundle)
         try:
-            raw = path.read_bytes()
+            raw = read_bytes(path)
         except OSError:
             raise BundleError(
                 f"{path.parent} is not a bundle",

@@ -8,6 +8,7 @@ files mean.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -20,6 +21,7 @@ from bundle.errors import InputFileError, JetvlaError
 CONFIG_BYTES = 4 << 20
 PLAIN_DEPTH = 64
 PLAIN_VALUES = 200_000
+TEXT_BYTES = 64 << 20  # of lists that grow with the data: runs, splits, measurements
 INTEGER_DIGITS = 40  # 128 bits; larger ones are no dimension, count or seed of anything
 
 # Checkpoints: RoboVLMs' own have 2,700 tensors and 0.6 MB of pickle, optimizer states included.
@@ -128,6 +130,23 @@ def read_limited(
     if length > limit:
         raise error(f"{path} is too large", got=f"more than {limit} bytes", expected=f"at most {limit}", hint=hint)
     return b"".join(pieces)
+
+
+def read_bytes(path: Path, limit: int = CONFIG_BYTES) -> bytes:
+    """`read_limited` for callers with words of their own for a file that cannot be read.
+
+    Raises:
+        OSError: none, no regular file, larger than `limit` bytes, or unreadable; strerror says it.
+    """
+    try:
+        return read_limited(path, limit)
+    except InputFileError as error:
+        if not is_there(path):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
+        found = error.what.removeprefix(f"{path} ")
+        raise OSError(
+            errno.EINVAL, found if error.expected is None else f"{found}; {error.expected}", str(path)
+        ) from None
 
 
 def read_json(

@@ -12,6 +12,7 @@ from typing import TypeVar, get_args
 import msgspec
 
 from bundle.errors import ConfigError
+from bundle.reading_limits import read_bytes
 from runtime.commands.base import TWIST_FIELDS
 from runtime.robot_file import (
     SCHEMA,
@@ -67,7 +68,7 @@ def _toml(value: object) -> str:
 
 def _load(path: Path, kind: type[_T], what: str, hint: str) -> _T:
     try:
-        text = path.read_bytes()
+        text = read_bytes(path)
     except OSError as error:
         raise ConfigError(f"cannot read the {what} {path}", got=error.strerror, hint=hint) from None
     try:

@@ -19,6 +19,7 @@ from msgspec import Meta
 
 from bundle.errors import ConfigError
 from bundle.hashing import sha256_file
+from bundle.reading_limits import TEXT_BYTES, read_bytes
 from train.git_state import CodeFacts
 from train.run_process import ProcessFacts, is_alive
 
@@ -201,7 +202,7 @@ def read_run(folder_or_file: Path) -> RunRecord:
     """
     path = folder_or_file if folder_or_file.name == RUN_NAME else folder_or_file / RUN_NAME
     try:
-        raw = path.read_bytes()
+        raw = read_bytes(path, TEXT_BYTES)
     except OSError as error:
         raise ConfigError(
             f"{path.parent} is not a run",

@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from bundle.errors import ConfigError
+from bundle.reading_limits import check_plain, read_bytes
 from train.config import read_chain
 from train.config_checks import convert, require_key
 from train.ledger_record import flat
@@ -127,8 +128,9 @@ def _read_file(path: Path) -> dict[str, Any]:
         )
     kind = path.suffix[1:].upper()
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path).decode()
         values = tomllib.loads(text) if kind == "TOML" else json.loads(text)
+        check_plain(values, origin=str(path), error=ConfigError, hint=_EXAMPLE)
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist", expected="a training config", hint="correct the path.") from None
     except (ValueError, OSError, RecursionError) as error:  # both parsers' errors, and that of UTF-8, are ValueErrors

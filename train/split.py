@@ -20,6 +20,7 @@ import msgspec
 
 from bundle.atomic import write_bytes
 from bundle.errors import ConfigError
+from bundle.reading_limits import TEXT_BYTES, read_bytes
 from episodes.reader import EpisodeWarning
 from train.draws import draw_number
 from train.episode_set import TrainingEpisode
@@ -105,7 +106,7 @@ def read_split(path: Path) -> Split:
     """
     expected = '{"train": [file names], "val": [file names]}'
     try:
-        split = msgspec.json.decode(path.read_bytes(), type=Split)
+        split = msgspec.json.decode(read_bytes(path, TEXT_BYTES), type=Split)
     except OSError as error:
         raise ConfigError(
             f"the split {path} cannot be read", got=error.strerror, expected="a file", hint="correct data.split."
