@@ -182,9 +182,10 @@ def _report_base(loaded: LoadedPolicy, reporter: Reporter) -> None:
         reporter.warn(loaded.remark)
     if not loaded.from_base:
         return
-    origin = f"{len(loaded.from_base)} tensors taken from {loaded.base.folder}"
+    folder = loaded.base.folder if loaded.base.folder is None else loaded.base.folder.resolve()
+    origin = f"{len(loaded.from_base)} tensors taken from {folder}"
     own = {name for name in loaded.state if name.startswith("backbone.") and ".lora_" not in name}
-    if own <= set(loaded.from_base):
+    if own <= set(loaded.from_base) or (loaded.raw.kind == "jetvla" and "base_sha256" in loaded.raw.recorded):
         reporter.result(f"base weights: {origin}")
     else:
         reporter.warn(f"the checkpoint holds a part of the backbone only; {origin}: {loaded.from_base[0]}, ...")

@@ -8,6 +8,8 @@ is, reading it stays within bundle/reading_limits.py. Knows nothing about what k
 from __future__ import annotations
 
 import json
+import os
+import string
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -29,6 +31,9 @@ SMALL_FORMAT = "jetvla-policy/1"
 _RECORDED = ("base_sha256", "packing", "x_attn_causal", "prompt_template", "pad_prompt_to")
 _LISTED = 12
 _LONGEST_NAME = 512
+_NO_TEXT = "name the checkpoint itself; its config lies beside it or goes into --config. git lfs pull gets what git keeps elsewhere."
+_CUT = "copy it again and compare sizes; a disk that filled up during training leaves such files."
+_LOOKED_AT = 64  # bytes at the start, which tell text from anything else
 
 
 @dataclass(frozen=True)
@@ -65,16 +70,23 @@ def read_raw(path: Path) -> RawCheckpoint:
         rest = read_raw(rest_of(path))
         return replace(rest, path=path, kind="peft", state={**tensors, **rest.state}, adapter=adapter)
     if path.is_dir():
-        raise CheckpointError(
-            f"{path} is a directory",
-            expected="one file",
-            hint="a DeepSpeed checkpoint is merged by its own zero_to_fp32.py: python zero_to_fp32.py DIR policy.pt",
-        )
+        raise CheckpointError(f"{path} is a directory", expected="one file", hint=_hint_for_folder(path))
     check_regular_file(path, error=CheckpointError)
     raw = _read_small(path) if path.suffix == ".safetensors" else _read_torch(path)
     if raw.config is not None:
         check_plain(raw.config, origin=f"the training config in {path}", error=CheckpointError)
     return raw
+
+
+def _hint_for_folder(path: Path) -> str:
+    """What somebody who names a folder probably means."""
+    for folder in (path / "checkpoints", path):
+        for name in ("last.safetensors", "last.ckpt", "policy.pt"):
+            if (folder / name).is_file():
+                return f"name the checkpoint in it: {folder / name}"
+    if (path / "config.json").is_file() and any(path.glob("model*.safetensors")):
+        return "it holds a model without a policy: name a run's checkpoint, and this folder with --base."
+    return "a DeepSpeed checkpoint is merged by its own zero_to_fp32.py: python zero_to_fp32.py DIR policy.pt"
 
 
 def write_small(
@@ -101,7 +113,9 @@ def _read_small(path: Path) -> RawCheckpoint:
             f"{path} is not a jetvla policy",
             got=metadata.get("format", "no format"),
             expected=SMALL_FORMAT,
-            hint="pass the training checkpoint, or a file that jetvla saved.",
+            hint=f"it is a part of peft's folder: pass {path.parent}"
+            if path.with_name("adapter_config.json").exists()
+            else "pass the training checkpoint, or a file that jetvla saved.",
         )
     config = parse_json(metadata.get("config", ""), origin=f"the config in {path}", error=CheckpointError)
     if not isinstance(config, dict):
@@ -110,6 +124,18 @@ def _read_small(path: Path) -> RawCheckpoint:
         )
     recorded = {key: metadata[key] for key in _RECORDED if key in metadata}
     return RawCheckpoint(path, "jetvla", state, config, recorded=recorded)
+
+
+def _not_a_checkpoint(path: Path, start: bytes, problem: Exception) -> CheckpointError:
+    """`start` tells a text, which was never one, from what was one."""
+    size, text = path.stat().st_size, start.decode("ascii", errors="replace")
+    is_text = bool(text) and all(each in string.printable for each in text)
+    return CheckpointError(
+        f"{path} is truncated or not a checkpoint",
+        got=f"{size} bytes of text: {text.splitlines()[0]!r}..." if is_text else f"{size} bytes; {problem}",
+        expected="a complete file written by torch.save or Lightning",
+        hint=_NO_TEXT if is_text else _CUT,
+    )
 
 
 def _read_torch(path: Path) -> RawCheckpoint:
@@ -124,12 +150,7 @@ def _read_torch(path: Path) -> RawCheckpoint:
                 hint="jetvla never unpickles code; re-save with torch.save({'state_dict': model.state_dict()}, FILE).",
             ) from None
         except (ValueError, OSError, struct.error) as error:
-            raise CheckpointError(
-                f"{path} is truncated or not a checkpoint",
-                got=f"{path.stat().st_size} bytes; {error}",
-                expected="a complete file written by torch.save or Lightning",
-                hint="copy it again and compare sizes; a disk that filled up during training leaves such files.",
-            ) from None
+            raise _not_a_checkpoint(path, os.pread(file.fileno(), _LOOKED_AT, 0), error) from None
         described = _state_dict(path, found.content)
         others = tuple(name for name, value in described.items() if not isinstance(value, TensorRef))
         references = {name: value for name, value in described.items() if isinstance(value, TensorRef)}

@@ -103,7 +103,7 @@ def _base(loaded: LoadedConfig) -> Iterator[tuple[str, str]]:
 def _weights(loaded: LoadedConfig) -> Iterator[tuple[str, str]]:
     if (weights := missing_weights(loaded)) is not None:
         what, key = "is a folder" if weights.is_dir() else "does not exist", loaded.key("base.weights")
-        hint = f"name a checkpoint file (.ckpt or .pt); without {key} training starts from {loaded.key('base.model')}."
+        hint = f"name a checkpoint file (.ckpt or .pt); without one (--set base.weights=) training starts from {loaded.key('base.model')}."
         yield f"{key} {what}: {weights}", hint
 
 

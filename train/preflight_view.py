@@ -19,7 +19,6 @@ from train.preflight import Plan
 
 _SHOWN = 8
 _SIDES = ("left", "right", "none")
-_STYLES = {"error": "bold red", "warning": "yellow"}
 
 
 def render(plan: Plan) -> Group:
@@ -34,7 +33,9 @@ def _parts(plan: Plan) -> Iterator[RenderableType]:
     yield from _notes(plan)
     yield Text()
     for problem in plan.problems:
-        yield Text.assemble((f"{problem.severity}: ", _STYLES[problem.severity]), problem.what)
+        if problem.severity == "error":  # whoever prints the plan ends with these, all together
+            continue
+        yield Text.assemble(("warning: ", "yellow"), problem.what)
         yield Padding(Text(problem.hint, style="dim"), (0, 0, 0, 2))
 
 
@@ -118,7 +119,12 @@ def _notes(plan: Plan) -> Iterator[RenderableType]:
             table.add_row("-", Text(sentence))
         yield table
     if plan.notes.ignored:
-        yield Text(f"\n{len(plan.notes.ignored)} keys without effect: {', '.join(plan.notes.ignored)}", style="dim")
+        shown, more = plan.notes.ignored[:_SHOWN], len(plan.notes.ignored) - _SHOWN
+        rest = f" and {more} more" if more > 0 else ""
+        text = (
+            f"keys without effect, here as there (docs/training-config.md says why of each): {', '.join(shown)}{rest}"
+        )
+        yield Text(f"\n{len(plan.notes.ignored)} {text}", style="dim")
 
 
 def _table(first: str, *numbers: str) -> Table:

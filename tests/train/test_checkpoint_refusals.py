@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import tarfile
 import zipfile
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from bundle.errors import CheckpointError, ConfigError, UnsupportedPolicyError
@@ -97,6 +99,34 @@ def test_another_zip_is_no_checkpoint(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "hello")
     assert_refused(path, "is truncated or not a checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("made", "hint"),
+    [
+        (("checkpoints/last.safetensors",), "name the checkpoint in it: .*/checkpoints/last.safetensors"),
+        (("config.json", "model.safetensors"), "and this folder with --base"),
+    ],
+)
+def test_a_directory_of_ours_says_what_was_meant(tmp_path: Path, made: tuple[str, ...], hint: str) -> None:
+    for name in made:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert re.search(hint, assert_refused(tmp_path, "is a directory").hint)
+
+
+def test_a_text_is_no_checkpoint_that_was_cut(tmp_path: Path) -> None:
+    path = tmp_path / "policy.ckpt"
+    path.write_text("[model]\nhead = 'lstm'\n", encoding="utf-8")
+    error = assert_refused(path, "is truncated or not a checkpoint")
+    assert "bytes of text: '[model]" in str(error.got)
+    assert "name the checkpoint itself" in error.hint
+
+
+def test_a_part_of_pefts_folder_names_the_folder(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
+    assert f"pass {tmp_path}" in assert_refused(tmp_path / "adapter_model.safetensors", "is not a jetvla policy").hint
 
 
 def test_a_directory_is_pointed_to_deepspeeds_script(tmp_path: Path) -> None:

@@ -174,9 +174,12 @@ class TestView:
             ignored=("optimizer", "tokenizer"), assumed=("packing: [right] layout",), unknown=("a: did you mean b?",)
         )
         problem = Problem("warning", "94% of [linear_x] is clipped", "a [hint]")
-        text = shown(replace(plan, notes=notes, problems=(problem,)))
+        error = Problem("error", "no disk", "buy one")  # with the other errors, by whoever ends
+        text = shown(replace(plan, notes=notes, problems=(problem, error)))
+        assert "no disk" not in text
         assert "- packing: [right] layout" in text
-        assert "2 keys without effect: optimizer, tokenizer" in text
+        assert "2 keys without effect, here as there" in text
+        assert "optimizer, tokenizer" in " ".join(text.split())
         assert text.rstrip().endswith("warning: 94% of [linear_x] is clipped\n  a [hint]")
 
     def test_many_instructions_are_cut_short(self, plan: Plan) -> None:
