@@ -171,6 +171,12 @@ def _judge(
         if "linear_y" in names:
             sideways = actions[:, names.index("linear_y")]
             left, right = int((sideways > CLASS_THRESHOLD).sum()), int((sideways < -CLASS_THRESHOLD).sum())
+    if actions is not None and not actions.any():
+        text, hint = (
+            f"all {len(actions)} actions are zero",
+            "the robot never moved, or they were never written, or lost: leave the episode out unless it is to learn to stand.",
+        )
+        problems.append(Problem("no_motion", "warning", text, hint))
     problems = [
         *problems,
         *_frame_problems(scan, facts.frames),

@@ -20,7 +20,7 @@ class Problem:
 
     Attributes:
         code: which kind, for programs: unreadable, session_log, layout, images, actions, event_types, action_classes, instruction,
-            attributes, times, corrupt_frames, frame_sizes, frozen_frames, black_frames, white_frames, overexposed,
+            attributes, times, no_motion, corrupt_frames, frame_sizes, frozen_frames, black_frames, white_frames, overexposed,
             no_instruction, instruction_assumed, side_mismatch, fps, colour_order, hung, crashed.
         severity: "error" if the episode cannot be used as it is.
         text: what it is.

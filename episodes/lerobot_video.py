@@ -73,6 +73,8 @@ class VideoFrames:
                 )
             if frame is not None:
                 _require_pixels(frame)
+                if frame.is_corrupt:
+                    raise ValueError("FFmpeg had to make up parts of the frame")
                 if reason := self._budget.exceeded(index, 3 * frame.width * frame.height):
                     raise ValueError(reason)
             image = None if frame is None else frame.to_ndarray(format="rgb24")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -26,6 +26,7 @@ from bundle.reading_limits import (
     RECORDING_MESSAGES,
     check_regular_file,
 )
+from episodes.recording_chunks import Damage, unpack
 
 MAGIC = b"\x89MCAP0\r\n"
 METADATA_NAME = "jetvla"  # of what a flight recording says about its run
@@ -113,10 +114,6 @@ class Scan:
     unpacked: int = 0
 
 
-class _Damage(Exception):
-    """The bytes at this place are not what they should be."""
-
-
 def has_end(file: BinaryIO, size: int) -> bool:
     """Whether an MCAP file has its footer; looks at the last bytes only."""
     if size < len(MAGIC) + _FOOTER_BYTES:
@@ -170,8 +167,8 @@ def read_records(file: BinaryIO, chunk: ChunkPlace) -> bytes:
     """
     file.seek(chunk.records_start)
     try:
-        return _decompress(file.read(chunk.compressed), chunk.compression, chunk.uncompressed)
-    except _Damage as damage:
+        return unpack(file.read(chunk.compressed), chunk.compression, chunk.uncompressed)
+    except Damage as damage:
         raise RecordingError(f"the chunk at byte {chunk.start} is damaged", got=damage, hint=COPY_AGAIN) from None
 
 
@@ -184,17 +181,17 @@ def _walk(file: BinaryIO, found: Scan, wanted: Collection[str]) -> None:
             body = position + _RECORD.size
             known = opcode in _DATA or (opcode >= _PRIVATE and found.finished)
             if not known or length > found.size - body:
-                raise _Damage(f"a record of kind {opcode} and {length} bytes")
+                raise Damage(f"a record of kind {opcode} and {length} bytes")
             if not seen_header and opcode != HEADER:
-                raise _Damage("no header")
+                raise Damage("no header")
             seen_header = True
             if opcode == DATA_END:
                 break
             try:
                 _take(file, found, opcode, position, length, wanted)
             except (struct.error, ValueError, IndexError) as error:
-                raise _Damage(f"a record of kind {opcode}: {error}") from None
-        except _Damage as damage:
+                raise Damage(f"a record of kind {opcode}: {error}") from None
+        except Damage as damage:
             if found.finished:
                 raise RecordingError(
                     f"{found.path} is damaged at byte {position} of {found.size}",
@@ -211,7 +208,7 @@ def _take(file: BinaryIO, found: Scan, opcode: int, start: int, length: int, wan
     if opcode not in (SCHEMA, CHANNEL, MESSAGE, CHUNK, MESSAGE_INDEX, METADATA):
         return
     if length > RECORDING_CHUNK_BYTES:
-        raise _Damage(f"a record of {length} bytes")
+        raise Damage(f"a record of {length} bytes")
     body = _read(file, start + _RECORD.size, length, found.size)
     _require_few(found, found)
     if opcode == METADATA:
@@ -232,7 +229,7 @@ def _take_index(chunk: ChunkPlace, body: bytes, start: int) -> None:
     channel, length = struct.unpack_from("<HI", body)
     entries = list(struct.iter_unpack("<QQ", body[6:]))
     if length != len(body) - 6 or sorted(entries) != sorted(chunk.index_entries.get(channel, [])):
-        raise _Damage(f"an index that does not fit its chunk, of channel {channel}")
+        raise Damage(f"an index that does not fit its chunk, of channel {channel}")
     if entries:  # others write empty ones too
         chunk.index_offsets[channel] = start
     chunk.index_length += _RECORD.size + len(body)
@@ -244,14 +241,14 @@ def _take_chunk(found: Scan, body: bytes, start: int, wanted: Collection[str]) -
     (compressed,) = struct.unpack_from("<Q", body, position)
     position += 8
     if compressed != len(body) - position or uncompressed > RECORDING_CHUNK_BYTES:
-        raise _Damage(f"a chunk of {compressed} bytes")
+        raise Damage(f"a chunk of {compressed} bytes")
     found.unpacked += uncompressed
     most = RECORDING_FREE_BYTES + RECORDING_BYTES_A_BYTE * found.size
     if found.unpacked > most:
-        raise _Damage(f"chunks that unpack to {found.unpacked} bytes, more than {most}")
-    records = _decompress(body[position:], compression, uncompressed)
+        raise Damage(f"chunks that unpack to {found.unpacked} bytes, more than {most}")
+    records = unpack(body[position:], compression, uncompressed)
     if checksum and zlib.crc32(records) != checksum:
-        raise _Damage("a chunk with a wrong checksum")
+        raise Damage("a chunk with a wrong checksum")
     place = start + _RECORD.size + position
     length = _RECORD.size + len(body)
     chunk = ChunkPlace(start, length, place, compression, compressed, uncompressed, first, last, {}, {})
@@ -262,7 +259,7 @@ def _take_chunk(found: Scan, body: bytes, start: int, wanted: Collection[str]) -
         opcode, length = _RECORD.unpack_from(records, inner)
         stop = inner + _RECORD.size + length
         if stop > len(records):
-            raise _Damage("a chunk with a torn record")
+            raise Damage("a chunk with a torn record")
         if opcode in (SCHEMA, CHANNEL, MESSAGE):
             data = records[inner + _RECORD.size : stop]
             _take_inner(part, opcode, data, len(found.chunks), inner + _RECORD.size, wanted, chunk)
@@ -277,7 +274,7 @@ def _require_few(found: Scan, part: Scan) -> None:
     """Refuse messages that take more memory than the bytes that hold them: compressed, those without content take none."""
     count = len(found.messages) + (len(part.messages) if part is not found else 0)
     if count > RECORDING_MESSAGES + found.size // RECORDING_BYTES_A_MESSAGE:
-        raise _Damage(f"{count} messages in {found.size} bytes")
+        raise Damage(f"{count} messages in {found.size} bytes")
 
 
 def _take_inner(
@@ -291,13 +288,13 @@ def _take_inner(
         topic, position = _text(body, 4)
         encoding, _ = _text(body, position)
         if schema and schema not in found.schemas:
-            raise _Damage(f"channel {number} without its schema")
+            raise Damage(f"channel {number} without its schema")
         name = _text(found.schemas[schema], 2)[0] if schema else ""
         found.channels[number] = Channel(topic, name, encoding, schema, body)
     else:
         channel, _, time_ns, _ = _MESSAGE.unpack_from(body)
         if channel not in found.channels:
-            raise _Damage(f"a message of channel {channel}, which is not described")
+            raise Damage(f"a message of channel {channel}, which is not described")
         keep = found.channels[channel].topic in wanted
         data = body[_MESSAGE.size :] if keep else None
         length = len(body) - _MESSAGE.size
@@ -307,59 +304,13 @@ def _take_inner(
             place.index_entries.setdefault(channel, []).append((time_ns, offset - _RECORD.size))
 
 
-def _decompress(data: bytes, compression: str, size: int) -> bytes:
-    if compression == "":
-        records = data
-    elif (codec := _codec(compression)) is None:
-        raise _Damage(f"compression {compression!r} cannot be read here")
-    else:
-        try:
-            records = codec(data, size)
-        except Exception as error:  # each library has its own, and they differ between versions
-            raise _Damage(f"{compression}: {error}") from None
-    if len(records) != size:
-        raise _Damage(f"{len(records)} bytes in a chunk of {size}")
-    return records
-
-
-def _codec(compression: str) -> Callable[[bytes, int], bytes] | None:
-    """What the mcap library depends on; our own recordings are not compressed."""
-    try:
-        if compression == "zstd":
-            import zstandard  # noqa: F401
-
-            return _unpack_zstd
-        if compression == "lz4":
-            import lz4.frame  # type: ignore[import-untyped]
-
-            # Not further than to the first byte too much.
-            return lambda data, size: bytes(lz4.frame.LZ4FrameDecompressor().decompress(data, size + 1))
-    except ImportError:
-        pass
-    return None
-
-
-def _unpack_zstd(data: bytes, size: int) -> bytes:
-    """What `data` says of its size is believed by the library, which takes that much memory."""
-    import zstandard
-
-    said = zstandard.frame_content_size(data)
-    if said not in (-1, size):
-        raise ValueError(f"{said} bytes in a chunk of {size}")
-    reader = zstandard.ZstdDecompressor(max_window_size=RECORDING_CHUNK_BYTES).stream_reader(
-        data, read_across_frames=True
-    )
-    unpacked: bytes = reader.read(size + 1)
-    return unpacked
-
-
 def _read(file: BinaryIO, position: int, count: int, size: int) -> bytes:
     if position + count > size:
-        raise _Damage("the file ends within a record")
+        raise Damage("the file ends within a record")
     file.seek(position)
     data = file.read(count)
     if len(data) < count:  # it became shorter while it was read
-        raise _Damage("the file ends within a record")
+        raise Damage("the file ends within a record")
     return data
 
 
@@ -367,7 +318,7 @@ def _text(body: bytes, position: int) -> tuple[str, int]:
     (length,) = struct.unpack_from("<I", body, position)
     stop = position + 4 + length
     if stop > len(body):
-        raise _Damage(f"a text of {length} bytes")
+        raise Damage(f"a text of {length} bytes")
     return body[position + 4 : stop].decode("utf-8"), stop
 
 
@@ -375,11 +326,11 @@ def _texts(body: bytes, position: int) -> dict[str, str]:
     (length,) = struct.unpack_from("<I", body, position)
     position, stop = position + 4, position + 4 + length
     if stop > len(body):
-        raise _Damage(f"texts of {length} bytes")
+        raise Damage(f"texts of {length} bytes")
     texts: dict[str, str] = {}
     while position < stop:
         if len(texts) >= _MOST_TEXTS:
-            raise _Damage(f"more than {_MOST_TEXTS} texts in one record")
+            raise Damage(f"more than {_MOST_TEXTS} texts in one record")
         key, position = _text(body, position)
         texts[key], position = _text(body, position)
     return texts

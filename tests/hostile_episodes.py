@@ -543,7 +543,12 @@ def _with_images(target: Path, images: Callable[[int], list[bytes]]) -> None:
     column = pa.array(
         [{"bytes": image, "path": None} for image in images(len(table))], type=table.schema.field(place).type
     )
-    pq.write_table(table.set_column(place, table.column_names[place], column), path, compression="zstd")
+    pq.write_table(
+        table.set_column(place, table.column_names[place], column),
+        path,
+        compression="zstd",
+        dictionary_pagesize_limit=1 << 30,
+    )
 
 
 def _info_large(target: Path) -> None:
@@ -588,27 +593,13 @@ def _table_values(target: Path) -> None:
 
 
 def _table_dictionary(target: Path) -> None:
-    """One picture of 40 MB for every row of a table of 400, stored once."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    path = next(target.glob("data/*/*.parquet"))
-    table = pa.concat_tables([pq.read_table(path)] * 25)
-    place = next(n for n, name in enumerate(table.column_names) if "image" in name)
-    kind = table.schema.field(place).type
-    column = pa.array([{"bytes": b"\xff\xd8" + bytes(40 * _MB), "path": None}], type=kind)
-    with pq.ParquetWriter(path, table.schema, compression="zstd", dictionary_pagesize_limit=1 << 30) as writer:
-        column = pa.StructArray.from_arrays(
-            [pa.array([column[0]["bytes"].as_py()] * 1), pa.nulls(1, pa.string())], ["bytes", "path"]
-        )
-        rows = [pa.table({**{n: table.column(n).slice(i, 1) for n in table.column_names}}) for i in range(len(table))]
-        for row in rows:
-            writer.write_table(row.set_column(place, table.schema.field(place), column.cast(kind)).cast(table.schema))
+    """A picture of 30 MB for every row, stored once."""
+    _with_images(target, lambda count: [b"\xff\xd8" + bytes(30 * _MB)] * count)
 
 
 def _table_packed(target: Path) -> None:
-    """Pictures of zeros: two gigabytes in a few hundred kilobytes."""
-    _with_images(target, lambda count: [b"\xff\xd8" + bytes(120 * _MB)] * count)
+    """Pictures of zeros that differ, of a gigabyte in a few kilobytes."""
+    _with_images(target, lambda count: [b"\xff\xd8" + bytes([number]) + bytes(70 * _MB) for number in range(count)])
 
 
 def _task_large(target: Path) -> None:
