@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,7 +105,8 @@ class Policy:
         # A report that somebody threw away stops no robot. Anything else that is missing or short is a copy that broke off.
         needed = {name for name in manifest.files if not name.startswith("reports/")}
         manifest.verify_sizes(folder, only=needed)
-        held = HeldFiles(_used_files(folder, needed), hint=_OTHER_NAME)
+        # Engines are hashed when they are read, which is at once and into memory.
+        held = HeldFiles((folder / name for name in (MANIFEST_NAME, *sorted(needed))), hint=_OTHER_NAME)
         try:
             if verify:
                 manifest.verify(folder, without=unhashed, only=needed)
@@ -318,12 +319,6 @@ class Policy:
     def run_action_head(self, feature: NDArray[np.float32]) -> NDArray[np.float32]:
         """Action chunk [1, n, A] as the head gives it; advances the recurrent states unless something is not finite."""
         return self._chain.run_action_head(feature)
-
-
-def _used_files(folder: Path, names: Iterable[str]) -> list[Path]:
-    """Everything that a policy may read, engines of any machine included."""
-    engines = sorted((folder / "engines").glob("*/*.engine"))
-    return [folder / MANIFEST_NAME, *(folder / name for name in sorted(names)), *engines]
 
 
 def _may_go_on(error: BackendError | BundleError, failed: Candidate, rest: Collection[Candidate]) -> bool:
