@@ -10,6 +10,7 @@ from __future__ import annotations
 import resource
 import shutil
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import msgspec
@@ -17,8 +18,9 @@ import numpy as np
 
 from bundle import engine_cache
 from bundle.atomic import disk_errors, link_or_copy, staged_directory
-from bundle.errors import BundleError, ParityError
+from bundle.errors import BundleError, CheckpointError, ParityError
 from bundle.hashing import content_bytes, content_files, sha256_file
+from bundle.held_files import unchanged
 from bundle.manifest import File, FloatPrecision, Manifest, Stage
 from bundle.prompt_template import takes_words
 from bundle.recording import Recording
@@ -44,12 +46,27 @@ _LOG_NAME = "reports/build.log"
 
 def dry_run(config: BuildConfig, reporter: Reporter) -> None:
     """Read the checkpoint, print what a build would do, write nothing."""
-    _read_and_plan(config, reporter)
+    with _unchanged_inputs(config):
+        _read_and_plan(config, reporter)
     reporter.result("dry run: nothing was written.")
 
 
 def run(config: BuildConfig, reporter: Reporter) -> None:
     """Build into config.target; see export.pipeline.build. The caller holds the target's lock."""
+    with _unchanged_inputs(config):
+        _run(config, reporter)
+
+
+def _unchanged_inputs(config: BuildConfig) -> AbstractContextManager[None]:
+    """Weights are mapped until the end of a build."""
+    return unchanged(
+        content_files(config.checkpoint),
+        error=CheckpointError,
+        hint="build again when nobody writes to it; nothing was published.",
+    )
+
+
+def _run(config: BuildConfig, reporter: Reporter) -> None:
     target = config.target
     # As it is before it is read: training may replace the file meanwhile.
     checkpoint = tuple(map(Input.of, content_files(config.checkpoint)))

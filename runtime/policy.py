@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bundle.errors import BackendError, BundleError, FrameError, JetvlaError, NoEnginesError, NotFiniteError
+from bundle.held_files import HeldFiles
 from bundle.manifest import MANIFEST_NAME, Manifest
 from runtime import golden
 from runtime.actions import denormalize
@@ -26,6 +27,8 @@ from runtime.instruction import load_embedding, prompt_tensors
 from runtime.preprocess import resize
 
 log = logging.getLogger("jetvla")
+
+_OTHER_NAME = "put a new bundle under a name of its own, and rename it when it is whole; then load the policy again."
 
 
 @dataclass(frozen=True)
@@ -50,15 +53,16 @@ class ActionChunk:
 class Policy:
     """A loaded bundle with the state of one episode. Make one with `Policy.load`; not thread-safe."""
 
-    def __init__(self, folder: Path, manifest: Manifest, backend: Backend) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, backend: Backend, held: HeldFiles | None = None) -> None:
+        """Open a bundle on a backend; `held` are its files, open since before they were hashed, or None to trust them."""
         self.manifest = manifest
         self.backend = backend.name
         self.failed_backends: tuple[str, ...] = ()
         """What was tried before this one, and why it could not be used; what is not there does not count."""
         self.passed_over: tuple[str, ...] = ()
         """The same, with what is not there."""
-        folder = folder.resolve()  # the process may change its folder, and a link what it points to
-        self._folder = folder
+        self._folder = folder.resolve()
+        self._held = held
         self._embedding = load_embedding(folder)
         self._chain = backend.open(folder, manifest)
         self.remark = backend.remark
@@ -93,16 +97,37 @@ class Policy:
         folder = Path(bundle)
         if folder.name == MANIFEST_NAME:
             folder = folder.parent
+        folder = folder.resolve()  # the process may change its folder, and a link what it points to
         manifest = Manifest.load(folder)
         plan = candidates(backend, precision, manifest.quantized)
         views = [view_of(manifest, *candidate) for candidate in plan]
         unhashed = manifest.all_stage_files() if verify else frozenset()
         # A report that somebody threw away stops no robot. Anything else that is missing or short is a copy that broke off.
         needed = {name for name in manifest.files if not name.startswith("reports/")}
-        if verify:
-            manifest.verify(folder, without=unhashed, only=needed)
-        else:
-            manifest.verify_sizes(folder, only=needed)
+        manifest.verify_sizes(folder, only=needed)
+        held = HeldFiles(_used_files(folder, needed), hint=_OTHER_NAME)
+        try:
+            if verify:
+                manifest.verify(folder, without=unhashed, only=needed)
+            return cls._on_first(plan, views, folder, manifest, held, unhashed, threads=threads, verify=verify)
+        except BaseException:
+            held.close()
+            raise
+
+    @classmethod
+    def _on_first(
+        cls,
+        plan: Sequence[Candidate],
+        views: Sequence[Manifest],
+        folder: Path,
+        manifest: Manifest,
+        held: HeldFiles,
+        unhashed: frozenset[str],
+        *,
+        threads: int,
+        verify: bool,
+    ) -> Policy:
+        """On the first candidate that gives the golden numbers; `views` are what each makes of the manifest."""
         mixed, alone = len({kind for _, kind in plan}) > 1, len({name for name, _ in plan}) == 1
         reasons: list[str] = []
         failures: list[str] = []
@@ -119,13 +144,13 @@ class Policy:
                 if wanted:
                     manifest.verify(folder, only=wanted)
                     unhashed -= wanted
-                policy = cls(folder, view, opened)
+                policy = cls(folder, view, opened, held)
                 if name != "fake":
                     golden.check(policy, folder)
                 policy._check_unreplaced()
             except (BackendError, BundleError) as error:
                 if policy is not None:
-                    policy.close()
+                    policy._chain.close()
                 if not _may_go_on(error, candidate, rest) or (alone and not rest):
                     raise
                 reasons.append(f"{label}: {error.what} ({error.got})")
@@ -197,8 +222,10 @@ class Policy:
         """Graphs of other buckets, embeddings and tokenizer are read when needed: they must be this bundle's still.
 
         Raises:
-            BundleError: another bundle has been published in its place.
+            BundleError: another bundle has been published in its place, or one of its files was replaced or written to.
         """
+        if self._held is not None:
+            self._held.check(names=True)
         if (
             self.manifest.manifest_sha256
             and Manifest.load(self._folder).manifest_sha256 != self.manifest.manifest_sha256
@@ -216,6 +243,8 @@ class Policy:
     def close(self) -> None:
         """Release engines and device memory now instead of when the policy is collected; the policy is of no use afterwards."""
         self._chain.close()
+        if self._held is not None:
+            self._held.close()
 
     @property
     def image_tokens(self) -> int:
@@ -232,6 +261,7 @@ class Policy:
         Raises:
             PromptError: no `reset` yet.
             FrameError: wrong dtype or shape, or a camera too many or too few.
+            BundleError: a file of the bundle was written to, or somebody is about to.
             BackendError: execution failed; the state is unchanged and the step may be tried again.
             NotFiniteError: it gave an action that is not finite; likewise.
         """
@@ -262,7 +292,11 @@ class Policy:
     def step_resized(self, frames: NDArray[np.uint8], *, start: float | None = None) -> ActionChunk:
         """As `step`, for frames already resized: uint8 [cameras, image_size, image_size, 3], in the manifest's camera order."""
         begin = time.perf_counter()
+        if self._held is not None:
+            self._held.check()  # before: of a file that was cut off, the first byte read is the end of the process
         tick = self._chain.tick(frames)
+        if self._held is not None:
+            self._held.check()  # after: what was written meanwhile is in the result
         normalized = tick.action[0].astype(np.float32)
         values = denormalize(normalized, self.manifest.action)
         start = begin if start is None else start
@@ -284,6 +318,12 @@ class Policy:
     def run_action_head(self, feature: NDArray[np.float32]) -> NDArray[np.float32]:
         """Action chunk [1, n, A] as the head gives it; advances the recurrent states unless something is not finite."""
         return self._chain.run_action_head(feature)
+
+
+def _used_files(folder: Path, names: Iterable[str]) -> list[Path]:
+    """Everything that a policy may read, engines of any machine included."""
+    engines = sorted((folder / "engines").glob("*/*.engine"))
+    return [folder / MANIFEST_NAME, *(folder / name for name in sorted(names)), *engines]
 
 
 def _may_go_on(error: BackendError | BundleError, failed: Candidate, rest: Collection[Candidate]) -> bool:

@@ -7,16 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import resource
-import select
-import signal
 import sys
 import tempfile
 import traceback
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,13 +23,14 @@ from episodes.examination import examine
 from episodes.layout import IMAGES, Schema
 from episodes.pictures import decode_picture
 from episodes.reader import Episode, EpisodeWarning, open_episode, open_here
+from tests.bounded_child import CPU_S, MEMORY_BYTES, in_child, table
 from tests.hostile_episodes import Case, Sound, cases, make_sound, opened
 
-CPU_S = 10.0
-MEMORY_BYTES = 1 << 30
 _PATIENCE_S = 120.0  # of the clock; the machine may be busy
 _LIMIT_CPU_S = 25
-_LIMIT_ADDRESSES = 64 << 30
+_TITLES = {
+    "refused": "refused", "same": "as the sound file", "warned": "otherwise, and said so", "stored": "as the bytes say",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,6 +50,11 @@ class Outcome:
     cpu_s: float
     memory: int
     file_bytes: int
+
+    @property
+    def name(self) -> str:
+        """The case's."""
+        return self.case.name
 
     def faults(self) -> list[str]:
         """The promises that it broke."""
@@ -129,55 +130,17 @@ def _naive(path: Path, schema: str) -> list[str]:
     return [hashlib.sha256(actions.tobytes()).hexdigest(), digest.hexdigest()]
 
 
-def run_case(case: Case, folder: Path, good: dict[str, list[str]], idle: int = 0) -> Outcome:
-    """Make a case and read it in a child; both in children, so that making it leaves no memory behind.
-
-    Args:
-        idle: bytes that a child takes which does nothing; less than none, as it shares its parent's.
-    """
-    made = _in_child(lambda: ("made", str(case.make(folder)), False), _PATIENCE_S * 5)
-    assert made[0] == "made", (case.name, made)
-    path = Path(made[1])
+def run_case(case: Case, folder: Path, good: dict[str, list[str]]) -> Outcome:
+    """Make a case and read it in a child; both in children, so that making it leaves no memory behind."""
+    made = in_child(lambda: str(case.make(folder)), patience_s=_PATIENCE_S * 5, limit_cpu_s=int(_PATIENCE_S * 5))
+    assert made.said is not None, (case.name, made)
+    path = Path(made.said)
     size = sum(each.stat().st_blocks * 512 for each in folder.rglob("*") if each.is_file() and not each.is_symlink())
-    kind, said, missed, cpu_s, memory = _in_child(lambda: read_case(path, good.get(case.sound, [])), _PATIENCE_S)
-    return Outcome(case, kind, said, missed, cpu_s, memory - idle, size)
-
-
-def _in_child(work: Callable[[], tuple[str, str, bool]], patience_s: float) -> tuple[str, str, bool, float, int]:
-    """What `work` says, its CPU time, and the bytes that it took beyond those with which it began."""
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reading)
-        seconds = int(patience_s)
-        resource.setrlimit(
-            resource.RLIMIT_CPU, (min(seconds, _LIMIT_CPU_S) if patience_s == _PATIENCE_S else seconds,) * 2
-        )
-        resource.setrlimit(resource.RLIMIT_AS, (_LIMIT_ADDRESSES, _LIMIT_ADDRESSES))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        warnings.simplefilter("ignore")
-        try:
-            kind, said, missed = work()
-            os.write(writing, json.dumps((kind, said[:2000], missed)).encode())
-        except BaseException as error:
-            os.write(writing, json.dumps(("untyped", repr(error)[:2000], False)).encode())
-        finally:
-            os._exit(0)
-    os.close(writing)
-    ready, _, _ = select.select([reading], [], [], patience_s)
-    answer = os.read(reading, 1 << 16) if ready else b""
-    if not ready:
-        os.kill(child, signal.SIGKILL)
-    os.close(reading)
-    _, status, usage = os.wait4(child, 0)
-    cpu_s, memory = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 - before
-    if not answer:
-        said = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else "no answer"
-        return "killed", said, False, cpu_s, memory
-    kind, said, missed = json.loads(answer)
-    return kind, said, missed, cpu_s, memory
+    ended = in_child(
+        lambda: read_case(path, good.get(case.sound, [])), patience_s=_PATIENCE_S, limit_cpu_s=_LIMIT_CPU_S
+    )
+    kind, said, missed = ended.said or ("killed", ended.why, False)
+    return Outcome(case, kind, said[:2000], missed, ended.cpu_s, ended.memory, size)
 
 
 def contents(sound: Sound) -> dict[str, list[str]]:
@@ -196,10 +159,9 @@ def contents(sound: Sound) -> dict[str, list[str]]:
 def run_all(chosen: Iterable[Case], folder: Path, sound: Sound) -> Iterator[Outcome]:
     """Every case, one after the other; its files are removed."""
     good = contents(sound)
-    *_, idle = _in_child(lambda: ("idle", "", False), _PATIENCE_S)
     for case in chosen:
         with tempfile.TemporaryDirectory(dir=folder) as own:
-            yield run_case(case, Path(own), good, idle)
+            yield run_case(case, Path(own), good)
 
 
 def main(pattern: str = "", scale: str = "1") -> int:
@@ -218,29 +180,8 @@ def main(pattern: str = "", scale: str = "1") -> int:
                     file=sys.stderr,
                     flush=True,
                 )
-        print(table(outcomes))
+        print(table(outcomes, _TITLES))
     return int(any(outcome.faults() for outcome in outcomes))
-
-
-def table(outcomes: list[Outcome]) -> str:
-    """Rows of Markdown: a kind of input, what came of it, and the most that it took."""
-    lines = [
-        "| kind | inputs | refused | as the sound file | otherwise, and said so | as the bytes say | CPU time | memory "
-        "| broken promises |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    kinds = dict.fromkeys(outcome.case.name.partition("/")[0] for outcome in outcomes)
-    for kind in [*kinds, ""]:
-        mine = [outcome for outcome in outcomes if not kind or outcome.case.name.startswith(f"{kind}/")]
-        came = Counter(outcome.kind for outcome in mine)
-        faults = Counter(fault for outcome in mine for fault in outcome.faults())
-        broken = ", ".join(f"{count} {fault}" for fault, count in faults.items()) or "0"
-        most, memory = max(each.cpu_s for each in mine), max(each.memory for each in mine) / 1e6
-        lines.append(
-            f"| {kind or 'all'} | {len(mine)} | {came['refused']} | {came['same']} | {came['warned']} | {came['stored']} "
-            f"| {most:.1f} s | {memory:.0f} MB | {broken} |"
-        )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -6,32 +6,25 @@ what a sound file of that size takes: its pages, and a copy in fp32.
 
 from __future__ import annotations
 
-import json
-import os
-import resource
-import select
-import signal
 import sys
 import tempfile
 import traceback
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from bundle.errors import JetvlaError
+from tests.bounded_child import CPU_S, MEMORY_BYTES, in_child, table
 from tests.hostile_checkpoints import Case, cases
 from train.base import tensors_sha256
 from train.checkpoint import load
 from train.synthetic import SyntheticFiles, SyntheticOptions, make_checkpoint
 
-CPU_S = 10.0
-MEMORY_BYTES = 1 << 30
 _PATIENCE_S = 30.0
 _LIMIT_CPU_S = 20
-_LIMIT_ADDRESSES = 64 << 30
+_TITLES = {"refused": "refused", "same": "the same policy", "loaded": "another policy, as stated"}
 
 
 @dataclass(frozen=True)
@@ -45,6 +38,11 @@ class Outcome:
     memory: int
     file_bytes: int
     ran_code: bool
+
+    @property
+    def name(self) -> str:
+        """The case's."""
+        return self.case.name
 
     def faults(self) -> list[str]:
         """The promises that it broke."""
@@ -62,6 +60,7 @@ class Outcome:
 
 def load_case(case: Case, path: Path, sound_digest: str) -> tuple[str, str]:
     """The kind of the outcome, and what was said."""
+    torch.set_num_threads(1)  # a forked process has none of the threads that its parent's pool waits for
     folder = path.parent
     try:
         loaded = load(
@@ -94,38 +93,9 @@ def run_case(case: Case, folder: Path, sound: SyntheticFiles, digest: str, marke
     (folder / "base").symlink_to(sound.base)
     path = case.make(folder)
     size = sum(each.stat().st_blocks * 512 for each in folder.rglob("*") if each.is_file() and not each.is_symlink())
-    kind, said, usage, before = _in_child(lambda: load_case(case, path, digest))
-    cpu_s, memory = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 - before
-    return Outcome(case, kind, said, cpu_s, memory, size, marker.exists())
-
-
-def _in_child(work: Callable[[], tuple[str, str]]) -> tuple[str, str, resource.struct_rusage, int]:
-    """What `work` says, what the process used, and the resident bytes with which it began."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reading)
-        resource.setrlimit(resource.RLIMIT_CPU, (_LIMIT_CPU_S, _LIMIT_CPU_S))
-        resource.setrlimit(resource.RLIMIT_AS, (_LIMIT_ADDRESSES, _LIMIT_ADDRESSES))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        torch.set_num_threads(1)  # a forked process has none of the threads that its parent's pool waits for
-        before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-        try:
-            os.write(writing, json.dumps([*work(), before]).encode())
-        finally:
-            os._exit(0)
-    os.close(writing)
-    ready, _, _ = select.select([reading], [], [], _PATIENCE_S)
-    answer = os.read(reading, 1 << 16) if ready else b""
-    if not ready:
-        os.kill(child, signal.SIGKILL)
-    os.close(reading)
-    _, status, usage = os.wait4(child, 0)
-    if not answer:
-        said = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else "no answer"
-        return "killed", said, usage, 0
-    kind, said, before = json.loads(answer)
-    return kind, said, usage, before
+    ended = in_child(lambda: load_case(case, path, digest), patience_s=_PATIENCE_S, limit_cpu_s=_LIMIT_CPU_S)
+    kind, said = ended.said or ("killed", ended.why)
+    return Outcome(case, kind, said, ended.cpu_s, ended.memory, size, marker.exists())
 
 
 def run_all(chosen: Iterable[Case], folder: Path, sound: SyntheticFiles, marker: Path) -> Iterable[Outcome]:
@@ -152,28 +122,8 @@ def main(pattern: str = "") -> int:
                     file=sys.stderr,
                     flush=True,
                 )
-        print(table(outcomes))
+        print(table(outcomes, _TITLES))
     return int(any(outcome.faults() for outcome in outcomes))
-
-
-def table(outcomes: list[Outcome]) -> str:
-    """Rows of Markdown: a kind of input, what came of it, and the most that it took."""
-    lines = [
-        "| kind | inputs | refused | the same policy | another policy, as stated | CPU time | memory | broken promises |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    kinds = dict.fromkeys(outcome.case.name.partition("/")[0] for outcome in outcomes)
-    for kind in [*kinds, ""]:
-        mine = [outcome for outcome in outcomes if not kind or outcome.case.name.startswith(f"{kind}/")]
-        came = Counter(outcome.kind for outcome in mine)
-        faults = Counter(fault for outcome in mine for fault in outcome.faults())
-        broken = ", ".join(f"{count} {fault}" for fault, count in faults.items()) or "0"
-        most, memory = max(each.cpu_s for each in mine), max(each.memory for each in mine) / 1e6
-        lines.append(
-            f"| {kind or 'all'} | {len(mine)} | {came['refused']} | {came['same']} | {came['loaded']} | {most:.1f} s "
-            f"| {memory:.0f} MB | {broken} |"
-        )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

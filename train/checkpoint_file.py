@@ -12,9 +12,10 @@ import os
 import string
 import struct
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from safetensors.torch import save
 from torch import Tensor
@@ -126,9 +127,12 @@ def _read_small(path: Path) -> RawCheckpoint:
     return RawCheckpoint(path, "jetvla", state, config, recorded=recorded)
 
 
-def _not_a_checkpoint(path: Path, start: bytes, problem: Exception) -> CheckpointError:
-    """`start` tells a text, which was never one, from what was one."""
-    size, text = path.stat().st_size, start.decode("ascii", errors="replace")
+def _not_a_checkpoint(path: Path, file: BinaryIO, problem: Exception) -> CheckpointError:
+    """A text was never one; what else cannot be read may have been."""
+    text = ""
+    with suppress(OSError):  # what cannot be read at all is no text
+        text = os.pread(file.fileno(), _LOOKED_AT, 0).decode("ascii", errors="replace")
+    size = path.stat().st_size
     is_text = bool(text) and all(each in string.printable for each in text)
     return CheckpointError(
         f"{path} is truncated or not a checkpoint",
@@ -150,7 +154,7 @@ def _read_torch(path: Path) -> RawCheckpoint:
                 hint="jetvla never unpickles code; re-save with torch.save({'state_dict': model.state_dict()}, FILE).",
             ) from None
         except (ValueError, OSError, struct.error) as error:
-            raise _not_a_checkpoint(path, os.pread(file.fileno(), _LOOKED_AT, 0), error) from None
+            raise _not_a_checkpoint(path, file, error) from None
         described = _state_dict(path, found.content)
         others = tuple(name for name, value in described.items() if not isinstance(value, TensorRef))
         references = {name: value for name, value in described.items() if isinstance(value, TensorRef)}

@@ -18,7 +18,7 @@ import msgspec
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
-from bundle.errors import BackendError, JetvlaError
+from bundle.errors import BackendError, BundleError, JetvlaError
 from bundle.manifest import Manifest
 from runtime.service.metrics import Metrics
 from runtime.service.openapi import add_endpoints
@@ -221,8 +221,8 @@ class Service:
             raise _lost("the policy failed before")
         try:
             return work()
-        except BackendError as error:
-            if getattr(error, "sticky", False):
+        except (BackendError, BundleError) as error:
+            if isinstance(error, BundleError) or getattr(error, "sticky", False):
                 self._failed = True
                 self._on_fatal()
                 raise _lost(error.what) from error

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -346,3 +348,23 @@ def test_an_out_below_a_file(upstream: SyntheticFiles, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(JetvlaError, match="file"):
         build(BuildConfig(checkpoint=upstream.checkpoint, out=tmp_path / "file" / "policy.bundle"))
+
+
+def test_a_checkpoint_that_is_written_to_ends_the_build(
+    upstream: SyntheticFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights are mapped: they would be other ones, or SIGBUS."""
+    path = tmp_path / "own.ckpt"
+    shutil.copy(upstream.checkpoint, path)
+    writers = []
+
+    def write(*_: object) -> None:
+        writers.append(subprocess.Popen([sys.executable, "-c", f"open({str(path)!r}, 'wb').write(b'new')"]))
+        time.sleep(60)  # is interrupted
+
+    monkeypatch.setattr(builder, "_export", write)
+    out = tmp_path / "policy.bundle"
+    with pytest.raises(CheckpointError, match=r"own.ckpt was changed while it was in use"):
+        quietly(BuildConfig(checkpoint=path, base=upstream.base, out=out, verify_frames=QUICK))
+    assert not out.exists()
+    assert writers[0].wait(60) == 0

@@ -16,7 +16,7 @@ from runtime.cameras.simulated import Fault as CameraFault
 from runtime.robot_file import Recorder
 from tests.bundles import GO_RIGHT, Tiny
 from tests.runtime.drives import ROOT, command, driving
-from tests.runtime.faults import PERIOD_S, STALE_S, WATCHDOG_S, fault, judge
+from tests.runtime.faults import DECIDE_S, PERIOD_S, STALE_S, WATCHDOG_S, fault, judge
 from tests.runtime.rig import fastest
 
 DISK = fault("disk full", "the recorder gives up and says so; driving goes on")
@@ -35,9 +35,15 @@ STOP = fault(
     WATCHDOG_S,
     "watchdog_s + 2 rounds",
 )
-CORRUPT = fault(
-    "corrupt bundle mid-run",
-    "driving goes on; the next order is refused, which ends the run with a zero",
+OVERWRITTEN = fault(
+    "bundle overwritten in place",
+    "a zero and the end, with the name of the file; where the writer can be made to wait, before a byte has changed",
+    2 * PERIOD_S + DECIDE_S,
+    "a decision + 2 rounds",
+)
+REPLACED = fault(
+    "bundle replaced file by file",
+    "driving goes on with what was loaded; the next order is refused, which ends the run with a zero",
     2 * PERIOD_S,
     "2 rounds",
 )
@@ -107,12 +113,36 @@ def test_the_disk_refuses(bundle: Path, tmp_path: Path) -> None:
     judge(DISK, None)
 
 
-def test_the_bundle_is_spoilt_while_it_runs(bundle: Path, tmp_path: Path) -> None:
+_IN_PLACE = {
+    "copied over": ["cp", "-r", "{new}/.", "{used}"],
+    "copied over with its times": ["cp", "-rp", "{new}/.", "{used}"],
+    "written into": ["dd", "if=/dev/zero", "of={used}/vision.fp32.onnx", "bs=64", "seek=1", "count=1", "conv=notrunc"],
+    "cut off": ["truncate", "-s", "100", "{used}/vision.fp32.onnx"],
+    "emptied": ["sh", "-c", ": > {used}/token_embedding.npy"],
+}
+
+
+@pytest.mark.parametrize("way", _IN_PLACE)
+def test_the_bundle_is_overwritten_while_it_runs(tiny_bundle, bundle: Path, tmp_path: Path, way: str) -> None:
+    names = {"new": tiny_bundle(Tiny()), "used": bundle}
+    writers = []
+    with driving(bundle, tmp_path) as drive:
+        drive.until_moving()
+        words = [word.format_map(names) for word in _IN_PLACE[way]]
+        seen = drive.stands_after(lambda: writers.append(subprocess.Popen(words, stderr=subprocess.DEVNULL)))
+        assert drive.end() == 1
+        assert any("was changed while it was in use" in line for line in drive.said), drive.said
+    writers[0].wait(60)  # truncate(1) does not wait but fails, which is as good
+    judge(OVERWRITTEN, seen)
+
+
+def test_the_bundle_is_replaced_while_it_runs(bundle: Path, tmp_path: Path) -> None:
     with driving(bundle, tmp_path, "--interactive") as drive:
         drive.until_moving()
-        for path in bundle.glob("*.onnx"):
-            path.write_bytes(b"\0" * path.stat().st_size)
-        (bundle / "manifest.json").write_text("{}")
+        for path in (*bundle.glob("*.onnx"), bundle / "token_embedding.npy"):
+            other = path.with_suffix(".new")
+            other.write_bytes(b"\0" * path.stat().st_size)
+            other.replace(path)
         commands = len(drive.plant.log)
         drive.until(lambda: any(not twist.is_zero for _, twist in drive.plant.log[commands + 10 :]))
         assert drive.process.stdin is not None
@@ -123,8 +153,8 @@ def test_the_bundle_is_spoilt_while_it_runs(bundle: Path, tmp_path: Path) -> Non
 
         seen = drive.stands_after(order)
         assert drive.end() == 1
-        assert any("Bundle" in line for line in drive.said)
-    judge(CORRUPT, seen)
+        assert any("was replaced while it was in use" in line for line in drive.said)
+    judge(REPLACED, seen)
 
 
 def test_two_controllers(bundle: Path, tmp_path: Path) -> None:

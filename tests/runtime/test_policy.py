@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from bundle.errors import BackendError, BundleError, FrameError, PromptError
+from bundle.errors import BackendError, BundleError, FrameError, JetvlaError, PromptError
 from bundle.manifest import Graph, Manifest
 from runtime.actions import denormalize
 from runtime.backends.base import Feeds
@@ -576,3 +578,77 @@ def test_a_window_of_one(tmp_path: Path) -> None:
     policy.reset(GO_LEFT)
     assert policy.window == 1
     assert policy.step(FRAMES[0]).values.shape == (CHUNK, 2)
+
+
+# --- files in use -------------------------------------------------------------------------------------------------------
+
+
+def _patch(path: Path) -> None:
+    """Other bytes in place: the same length, another time."""
+    with path.open("r+b") as file:
+        file.seek(-8, 2)
+        file.write(b"\xff" * 8)
+
+
+@pytest.fixture
+def own(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A bundle whose writers do not wait, as on a network's disk."""
+    monkeypatch.setattr("bundle.held_files._LEASES", False)
+    return shutil.copytree(folder, tmp_path / "own.bundle")
+
+
+def test_a_file_that_is_written_to_in_use_ends_the_episode(own: Path) -> None:
+    policy = Policy.load(own, "fake")
+    policy.reset(GO_LEFT)
+    policy.step(FRAMES[0])
+    _patch(own / "vision.fp32.onnx")
+    for _ in range(2):
+        with pytest.raises(BundleError, match=r"vision.fp32.onnx was changed while it was in use"):
+            policy.step(FRAMES[1])
+    with pytest.raises(BundleError, match="was changed while it was in use"):
+        policy.reset(GO_LEFT)
+
+
+def test_what_is_written_while_it_is_computed_is_not_driven(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = Policy.load(own, "fake")
+    policy.reset(GO_LEFT)
+    tick = policy._chain.tick
+
+    def slow(frames: NDArray[np.uint8]) -> object:
+        done = tick(frames)
+        _patch(own / "action_head.fp32.onnx")
+        return done
+
+    monkeypatch.setattr(policy._chain, "tick", slow)
+    with pytest.raises(BundleError, match=r"action_head.fp32.onnx was changed"):
+        policy.step(FRAMES[0])
+
+
+def test_what_is_written_between_hashing_and_loading_is_not_loaded(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verify = Manifest.verify
+
+    def then_write(manifest: Manifest, *arguments: Any, **options: Any) -> None:
+        verify(manifest, *arguments, **options)
+        if "vision.fp32.onnx" in (options.get("only") or ()) and not options.get("without"):
+            _patch(own / "vision.fp32.onnx")
+
+    monkeypatch.setattr(Manifest, "verify", then_write)
+    with pytest.raises(JetvlaError, match="was changed while it was in use"):
+        Policy.load(own, "fake")
+
+
+def test_a_file_that_was_replaced_is_refused_where_it_would_be_read_again(own: Path) -> None:
+    policy = Policy.load(own, "fake")
+    policy.reset(GO_LEFT)
+    shutil.copy(own / "vision.fp32.onnx", own / "copy")
+    (own / "copy").replace(own / "vision.fp32.onnx")
+    policy.step(FRAMES[0])
+    with pytest.raises(BundleError, match=r"vision.fp32.onnx was replaced while it was in use"):
+        policy.reset(GO_LEFT)
+
+
+def test_a_closed_policy_lets_its_files_go(folder: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(folder, tmp_path / "own.bundle")
+    policy = Policy.load(own, "fake")
+    policy.close()
+    _patch(own / "vision.fp32.onnx")  # with a lease in the way this would take 45 s

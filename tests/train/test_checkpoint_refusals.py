@@ -123,6 +123,10 @@ def test_a_text_is_no_checkpoint_that_was_cut(tmp_path: Path) -> None:
     assert "name the checkpoint itself" in error.hint
 
 
+def test_a_file_that_cannot_be_read_is_no_checkpoint() -> None:
+    assert_refused(Path("/proc/self/mem"), "is truncated or not a checkpoint")
+
+
 def test_a_part_of_pefts_folder_names_the_folder(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")

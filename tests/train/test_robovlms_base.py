@@ -268,7 +268,6 @@ def test_missing_weights_are_named_as_the_config_does_and_the_plan_is_shown_all_
     with pytest.raises(ConfigError, match=f"^{key} does not exist: .*no.pt"):
         launch(path, dry_run=True, console=console)
     shown = console.export_text()
-    assert f"{key} does not exist" in shown
     assert "trains" in shown
     assert "act_head adapters" not in shown
     assert "text_model adapters" in shown

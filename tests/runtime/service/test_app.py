@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from bundle.errors import BackendError, DeviceError
+from bundle.errors import BackendError, BundleError, DeviceError, JetvlaError
 from bundle.manifest import Manifest
 from runtime.policy import Policy
 from runtime.service.app import Limits
@@ -341,10 +341,17 @@ def test_a_failed_step_is_told_and_changes_nothing(serving: Serving, gated: Gate
         np.testing.assert_array_equal(np.array(got.values, np.float32), expected.values)
 
 
-def test_a_lost_device_is_fatal(serving: Serving, gated: Gated) -> None:
+@pytest.mark.parametrize(
+    "lost",
+    [
+        DeviceError("the GPU fell off the bus", hint="start again", sticky=True),
+        BundleError("weights were changed while they were in use", hint="start again"),
+    ],
+)
+def test_a_lost_device_or_bundle_is_fatal(serving: Serving, gated: Gated, lost: JetvlaError) -> None:
     with serving(policy=gated) as served:
         predicted(post_form(served, PNGS[0], instruction=GO_LEFT))
-        gated.fail = DeviceError("the GPU fell off the bus", hint="start again", sticky=True)
+        gated.fail = lost
         assert error(post_form(served, PNGS[1]), 503).reason == "failed"
         assert served.fatal.wait(PATIENCE_S)
         gated.fail = None
