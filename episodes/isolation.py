@@ -18,7 +18,7 @@ from pathlib import Path
 
 from episodes.findings import Examination, Problem, from_json
 
-__all__ = ["examine_all", "examine_isolated"]
+__all__ = ["death_of", "examine_all", "examine_isolated"]
 
 _ROOT = Path(__file__).resolve().parent.parent
 _COMMAND: tuple[str, ...] = (sys.executable, str(Path(__file__).with_name("examine_one.py")))
@@ -59,7 +59,7 @@ def examine_isolated(path: Path, *, timeout_s: float, command: Sequence[str] = _
             return from_json(json.loads(output.splitlines()[-1]))
     last = noise.decode("utf-8", "replace").strip().rpartition("\n")[2]
     said = f": {last}" if last else ""
-    text = f"it crashed the process that read it ({_death(child.returncode)}){said}"
+    text = f"it crashed the process that read it ({death_of(child.returncode)}){said}"
     return _lost(path, "crashed", text, _COPY_AGAIN)
 
 
@@ -94,7 +94,8 @@ def _hint_hung(timeout_s: float) -> str:
     return f"is the disk or network slow? Then try --timeout-s {timeout_s * 5:g}. Otherwise {_COPY_AGAIN}"
 
 
-def _death(status: int) -> str:
+def death_of(status: int) -> str:
+    """How a process ended, in words, from its exit status (negative: the signal)."""
     if status >= 0:
         return f"exit status {status}"
     try:

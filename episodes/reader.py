@@ -29,6 +29,7 @@ from bundle.errors import EpisodeError
 from episodes.actions import ACTION_NAMES, read_action_classes, read_actions, read_event_types
 from episodes.attributes import frame_rate, read_attributes
 from episodes.container import open_container, reading, require_dataset
+from episodes.first_contact import require_answer
 from episodes.frames import FrameSource, open_frames
 from episodes.instruction import EpisodeWarning, InstructionSource, read_stored_instruction, resolve_instruction
 from episodes.layout import ACTIONS, HAND_IMAGES, SCHEMAS, Schema, detect_schema
@@ -137,25 +138,29 @@ class Episode:
             raise IndexError(f"frame {position} of an episode with {len(self)} frames")
         if not self._file:
             raise ValueError(f"episode is closed: {self.path}")
-        if camera == "static":
-            return self._frames.read(position)
-        self.require_cameras((camera,))
-        assert self._hand is not None
-        return self._hand.read(position)
+        return self._images(camera).read(position)
 
     def views(self, index: int, cameras: Sequence[str]) -> list[npt.NDArray[np.uint8]]:
         """Frame `index` of each of the cameras; raises as `frame`."""
         return [self.frame(index, camera) for camera in cameras]
 
-    def jpeg(self, index: int) -> bytes | None:
+    def jpeg(self, index: int, camera: str = "static") -> bytes | None:
         """Frame `index` as the JPEG file in which it is stored, not decoded and so not checked; None where frames are stored raw.
 
         Raises:
             ValueError: the episode is closed.
+            EpisodeError: it cannot be read, or there is no such camera.
         """
         if not self._file:
             raise ValueError(f"episode is closed: {self.path}")
-        return self._frames.read_jpeg(index)
+        return self._images(camera).read_jpeg(index)
+
+    def _images(self, camera: str) -> _Frames:
+        if camera == "static":
+            return self._frames
+        self.require_cameras((camera,))
+        assert self._hand is not None
+        return self._hand
 
     def frames(self) -> Iterator[npt.NDArray[np.uint8]]:
         """All frames in order, one in memory at a time."""
@@ -176,14 +181,14 @@ class Episode:
 
 
 def open_episode(path: str | Path, *, schema: Schema | None = None) -> Episode:
-    """Open an episode and check all of it but its images.
+    """Open an episode and check all of it but its images. An HDF5 file is opened by another process first (episodes/first_contact.py).
 
     Args:
         path: an HDF5 file; FOLDER#INDEX, an episode of a LeRobot dataset; or a flight recording, NAME.mcap or NAME.mcap#INDEX.
         schema: of a file; overrides the sniffing (see `episodes.layout` for its rule), also for a session log.
 
     Raises:
-        EpisodeError: the file is missing, damaged, of no known schema, empty, or contradicts itself.
+        EpisodeError: the file is missing, damaged, of no known schema, empty, contradicts itself, or hangs or kills who reads it.
     """
     if schema is not None and schema not in SCHEMAS:
         raise ValueError(f"schema must be one of {', '.join(SCHEMAS)}, not {schema!r}")
@@ -193,6 +198,16 @@ def open_episode(path: str | Path, *, schema: Schema | None = None) -> Episode:
         return open_lerobot(folder).episode(index)
     if split_recording(path) is not None and schema is None:
         return open_recording(path, stacklevel=2)
+    require_answer(path, schema)
+    return open_here(path, schema=schema, stacklevel=2)
+
+
+def open_here(path: Path, *, schema: Schema | None = None, stacklevel: int = 1) -> Episode:
+    """As `open_episode` opens an HDF5 file, but at once: damage may hang or kill this process.
+
+    Args:
+        stacklevel: of a warning, counted from the caller's line.
+    """
     file = open_container(path)
     try:
         with reading(path, "its structure"):
@@ -213,7 +228,7 @@ def open_episode(path: str | Path, *, schema: Schema | None = None) -> Episode:
             stored = read_stored_instruction(file, path)
             attributes = read_attributes(file)
             fps = frame_rate(file, attributes, len(frames), path)
-        instruction, source = resolve_instruction(stored, path, known, stacklevel=2)
+        instruction, source = resolve_instruction(stored, path, known, stacklevel=stacklevel + 1)
     except BaseException:
         file.close()
         raise

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from mcap.records import McapRecord
 
 
+class BeingWrittenError(RecordingError):
+    """Somebody writes the recording, or its disk has no locks."""
+
+
 def is_finished(path: Path) -> bool:
     """Whether a recording has its end; looks at the last bytes only.
 
@@ -38,11 +42,12 @@ def repair(path: Path) -> bool:
     """Finish an unfinished MCAP file in place; False where it was finished already.
 
     Raises:
-        RecordingError: no MCAP file, finished and damaged, being written, or the mcap library is absent.
+        BeingWrittenError: somebody writes it.
+        RecordingError: no MCAP file, finished and damaged, nothing that the flight recorder writes, or the mcap library is absent.
         StorageError: the disk is full or refuses; the file stays as readable as it was.
     """
     with disk_errors(path), _locked(path) as file:
-        found = scan(path)
+        found = scan(path, ours=True)
         if found.finished:
             return False
         if METADATA_NAME not in found.metadata:
@@ -70,7 +75,7 @@ def _locked(path: Path) -> BinaryIO:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.close()
-        raise RecordingError(
+        raise BeingWrittenError(
             f"{path} cannot be locked",
             got=error.strerror,
             expected="a recording that nobody is writing",

@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 from bundle.errors import RecordingError
 from bundle.reading_limits import (
+    RECORDED_RECORD_BYTES,
     RECORDING_BYTES_A_BYTE,
     RECORDING_BYTES_A_MESSAGE,
     RECORDING_CHUNK_BYTES,
@@ -38,6 +39,7 @@ _RECORD = struct.Struct("<BQ")
 _MESSAGE = struct.Struct("<HIQQ")
 _CHUNK = struct.Struct("<QQQI")
 _FOOTER_BYTES = 9 + 20 + 8
+_PACKED = ("zstd", "lz4")  # how others write chunks
 _MOST_TEXTS = 10_000  # of one metadata record
 COPY_AGAIN = "copy it again from the robot; if it is like this there too, the disk has damaged it: leave it out."
 
@@ -99,11 +101,13 @@ class Scan:
         metadata: by name, and where each is (start, length).
         schemas: records as they are stored, by number.
         unpacked: bytes of the records of all chunks.
+        ours: nothing but what the flight recorder writes is read.
     """
 
     path: Path
     finished: bool
     size: int
+    ours: bool = False
     good_end: int = len(MAGIC)
     metadata: dict[str, dict[str, str]] = field(default_factory=dict)
     metadata_places: list[tuple[str, int, int]] = field(default_factory=list)
@@ -123,14 +127,15 @@ def has_end(file: BinaryIO, size: int) -> bool:
     return tail[:9] == _RECORD.pack(FOOTER, 20) and tail[-len(MAGIC) :] == MAGIC
 
 
-def scan(path: Path, wanted: Collection[str] = ()) -> Scan:
+def scan(path: Path, wanted: Collection[str] = (), *, ours: bool = False) -> Scan:
     """Walk through a file.
 
     Args:
         wanted: topics whose messages are kept in memory; of others only the place is noted.
+        ours: read nothing but what the flight recorder writes, and so unpack nothing.
 
     Raises:
-        RecordingError: missing, unreadable, no MCAP file, or finished and damaged.
+        RecordingError: missing, unreadable, no MCAP file, finished and damaged, or not ours where it has to be.
     """
     try:
         if path.exists() and not path.is_dir():  # said below
@@ -146,7 +151,7 @@ def scan(path: Path, wanted: Collection[str] = ()) -> Scan:
                     expected="a flight recording",
                     hint=COPY_AGAIN,
                 )
-            found = Scan(path, has_end(file, size), size)
+            found = Scan(path, has_end(file, size), size, ours)
             _walk(file, found, wanted)
     except OSError as error:
         raise RecordingError(
@@ -205,6 +210,8 @@ def _walk(file: BinaryIO, found: Scan, wanted: Collection[str]) -> None:
 
 
 def _take(file: BinaryIO, found: Scan, opcode: int, start: int, length: int, wanted: Collection[str]) -> None:
+    if found.ours and (opcode == ATTACHMENT or length > RECORDED_RECORD_BYTES):
+        raise _foreign(found, f"a record of kind {opcode} and {length} bytes at byte {start}")
     if opcode not in (SCHEMA, CHANNEL, MESSAGE, CHUNK, MESSAGE_INDEX, METADATA):
         return
     if length > RECORDING_CHUNK_BYTES:
@@ -240,6 +247,8 @@ def _take_chunk(found: Scan, body: bytes, start: int, wanted: Collection[str]) -
     compression, position = _text(body, _CHUNK.size)
     (compressed,) = struct.unpack_from("<Q", body, position)
     position += 8
+    if found.ours and compression in _PACKED:
+        raise _foreign(found, f"a chunk that {compression} has compressed, at byte {start}")
     if compressed != len(body) - position or uncompressed > RECORDING_CHUNK_BYTES:
         raise Damage(f"a chunk of {compressed} bytes")
     found.unpacked += uncompressed
@@ -270,11 +279,22 @@ def _take_chunk(found: Scan, body: bytes, start: int, wanted: Collection[str]) -
     found.chunks.append(chunk)
 
 
+def _foreign(found: Scan, got: str) -> RecordingError:
+    """No Damage: behind that, a repair would cut off what is whole."""
+    return RecordingError(
+        f"{found.path} was not written by the flight recorder",
+        got=got,
+        expected=f"messages without compression, records of at most {RECORDED_RECORD_BYTES} bytes, no attachments",
+        hint="the mcap command line tool repairs any: mcap recover",
+    )
+
+
 def _require_few(found: Scan, part: Scan) -> None:
     """Refuse messages that take more memory than the bytes that hold them: compressed, those without content take none."""
     count = len(found.messages) + (len(part.messages) if part is not found else 0)
     if count > RECORDING_MESSAGES + found.size // RECORDING_BYTES_A_MESSAGE:
-        raise Damage(f"{count} messages in {found.size} bytes")
+        said = f"{count} messages in {found.size} bytes"
+        raise _foreign(found, said) if found.ours else Damage(said)
 
 
 def _take_inner(

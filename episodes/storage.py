@@ -39,7 +39,7 @@ _MOST_CHUNK_BYTES = EPISODE_CHUNK_BYTES
 _MOST_CHUNKS_A_ROW = EPISODE_CHUNKS_A_FRAME
 _MOST_CHUNKS = EPISODE_CHUNKS
 _MOST_SOURCES = EPISODE_SOURCES
-_SWITCH = "JETVLA_EPISODE_LINKS"
+LINKS_SWITCH = "JETVLA_EPISODE_LINKS"
 _LEAVE_OUT = "leave the episode out; no recorder writes such a file."
 
 
@@ -69,12 +69,12 @@ def inside(folder: Path, name: str, path: Path, what: str) -> Path:
     """
     target = folder / name
     resolved = target.resolve()
-    if not resolved.is_relative_to(folder.resolve()) and os.environ.get(_SWITCH) != "anywhere":
+    if not resolved.is_relative_to(folder.resolve()) and os.environ.get(LINKS_SWITCH) != "anywhere":
         raise EpisodeError(
             f"{path}: {what} lies outside of the episode's folder",
             got=str(target),
             expected=f"a file in {folder}",
-            hint=f"move both into one folder; or, if you trust the file, set {_SWITCH}=anywhere.",
+            hint=f"move both into one folder; or, if you trust the file, set {LINKS_SWITCH}=anywhere.",
         )
     try:
         check_regular_file(resolved, error=EpisodeError)

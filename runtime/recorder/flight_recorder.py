@@ -4,8 +4,8 @@
     recorder.start(info); recorder.take(event) ...; recorder.close()
 
 `take` puts the event into a bounded queue, which costs microseconds; a thread of the recorder's own does everything slow
-(recording_session.py), and what the last crash left is repaired on another. When the disk refuses (full, gone, read-only) that is
-reported once, what is lost is counted, and recording goes on when it may. The robot drives on in any case.
+(recording_session.py), and what the last crash left is repaired by processes of their own (recover.py). When the disk refuses (full,
+gone, read-only) that is reported once, what is lost is counted, and recording goes on when it may. The robot drives on in any case.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class FlightRecorder:
             session.give_up(error)
 
     def _recover(self) -> None:
-        for path in recover_folder(self._plan.folder):
+        for path in recover_folder(self._plan.folder, self._tell, self._closing):
             self._tell(f"repaired {path.name}, which a crash or a power cut had left unfinished")
 
     def _tell(self, text: str) -> None:

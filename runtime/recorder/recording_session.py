@@ -126,7 +126,7 @@ class RecordingSession:
         if self._file is not None:
             self._finish(self._file)
         for path in self._broken:
-            recover_file(path)
+            recover_file(path, self._tell)
         self._jpeg.close()
         self.status = replace(self.status, file=None)
 
@@ -209,7 +209,7 @@ class RecordingSession:
             return
         self._part += 1
         while self._broken:
-            recover_file(self._broken.pop())
+            recover_file(self._broken.pop(), self._tell)
         self._maker.new_file()
         self._sync_at = time.monotonic() + self._plan.sync_s
         self.status = replace(self.status, file=self._file.path, trouble="")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +25,7 @@ pytest.importorskip("onnxruntime")
 h5py = pytest.importorskip("h5py")
 
 from episodes.writer import write_episode  # noqa: E402
+from tests.hanging_episodes import write_hanging  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "runtime" / "run_robot.py"
@@ -149,6 +152,35 @@ def test_replay_prints_a_table(bundle: Path, episode: Path, tmp_path: Path) -> N
     for row, mean in zip(rows[1:3], recorded[:2], strict=True):
         assert row[1] == f"{mean:+.3f}"
         assert row[-1] == "m/s"
+
+
+def test_replay_of_a_file_that_hangs_the_library(bundle: Path, tmp_path: Path) -> None:
+    done = run_robot(bundle, "--replay", write_hanging(tmp_path), folder=tmp_path)
+    assert_refused(done, "EpisodeError", "is damaged: reading it does not end")
+
+
+def _reads_episodes(process: Path) -> bool:
+    """Whether it is the child that opens files first, and has begun: it ignores Ctrl-C then."""
+    if b"first_contact_child" not in (process / "cmdline").read_bytes():
+        return False
+    (ignored,) = (line for line in (process / "status").read_text().splitlines() if line.startswith("SigIgn:"))
+    return bool(int(ignored.split()[1], 16) & 1 << signal.SIGINT - 1)
+
+
+def test_ctrl_c_ends_a_replay_while_its_file_hangs_the_library(bundle: Path, tmp_path: Path) -> None:
+    path = write_hanging(tmp_path, where="observations/images")
+    command = [sys.executable, "-W", "error", SCRIPT, str(bundle), "--replay", str(path)]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        found: list[Path] = []
+        while process.poll() is None and not found:
+            time.sleep(0.01)
+            found = [child for pid in children.read_text().split() if _reads_episodes(child := Path(f"/proc/{pid}"))]
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "interrupted." in said
+    assert not found[0].exists()
 
 
 def test_replay_as_json(bundle: Path, episode: Path, tmp_path: Path) -> None:

@@ -12,10 +12,12 @@ from numpy.testing import assert_allclose
 
 from bundle.errors import ConfigError, EpisodeError
 from bundle.hashing import sha256_file
+from episodes import first_contact
 from episodes.frames import FrameSource
 from episodes.instruction import sides_in_text
 from episodes.reader import EpisodeWarning
 from episodes.writer import write_episode
+from tests.hanging_episodes import write_hanging
 from tests.training_data import HEIGHT, LEFT, RIGHT, WIDTH, episode, read, write_schema, write_v1
 from train.episode_set import TrainingEpisode, read_episodes
 from train.run_config import DataConfig, SourceConfig
@@ -296,3 +298,15 @@ def test_a_file_without_words_needs_none_of_its_own_where_the_source_has_them(tm
     source = SourceConfig(files=(str(tmp_path),), words={"other": ("Go",)})
     (silent,) = read_episodes(DataConfig(sources=(source,)), tmp_path)
     assert silent.instruction == "Go"
+
+
+def test_a_file_that_hangs_the_library_is_one_of_those_that_cannot_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(first_contact, "CPU_S", 1.0)
+    write_v1(tmp_path, "good.h5", length=3)
+    hanging = write_hanging(tmp_path, where="observations/images")
+    with pytest.raises(EpisodeError) as caught:
+        from_folder(tmp_path)
+    assert "1 of 2" in str(caught.value)
+    assert f"{hanging} is damaged: reading it does not end" in str(caught.value)
