@@ -61,6 +61,7 @@ def test_a_second_build_of_the_same_target_is_refused(bundle: BuildConfig) -> No
 
 # Imports once, then starts for every number on stdin a child that builds two checkpoints in turn over one target, and that
 # kills itself with SIGKILL at that many calls of functions: a moment of the work and not of a clock. 0 builds once, and says the number.
+# A number below 0 kills that many calls after the child began to write, whenever that is: moments that a number from the start may miss.
 KILLER = """
 import os, signal, sys
 from pathlib import Path
@@ -88,11 +89,21 @@ def count_to(last):
             os.kill(os.getpid(), signal.SIGKILL)
     return count
 
+def count_from_writing(last):
+    before = set(target.parent.glob("*.building-*"))
+    calls = 0
+    def count(*_):
+        nonlocal calls
+        calls += 1
+        if calls % 200 == 0 and set(target.parent.glob("*.building-*")) - before:
+            sys.setprofile(count_to(last))
+    return count
+
 for line in sys.stdin:
     if last := int(line):
         pid = os.fork()
         if pid == 0:
-            sys.setprofile(count_to(last))
+            sys.setprofile(count_to(last) if last > 0 else count_from_writing(-last))
             build_all(once=False)
         assert os.waitpid(pid, 0)[1] == signal.SIGKILL
         print("killed", flush=True)
@@ -130,8 +141,9 @@ def test_builds_killed_at_any_moment_leave_the_old_or_the_new_bundle(
             return killer.stdout.readline()
 
         one_build = int(answer(0))
-        for part in np.random.default_rng(0).uniform(0.02, 1.9, 10):
-            assert answer(round(part * one_build)) == "killed\n"
+        anywhere = [round(part * one_build) for part in np.random.default_rng(0).uniform(0.02, 1.9, 8)]
+        for moment in [*anywhere, -1, -300, -3000]:
+            assert answer(moment) == "killed\n"
             manifest = assert_complete(target)
             assert manifest.source.checkpoint_sha256 in hashes
             seen.append(manifest.source.checkpoint_sha256)
