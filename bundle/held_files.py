@@ -21,6 +21,7 @@ from bundle.errors import BundleError, JetvlaError
 
 _LEASES = hasattr(fcntl, "F_SETLEASE")
 _WATCH_S = 0.2
+_SIGNAL = signal.SIGURG  # not SIGINT, which is ignored in what a shell started in the background
 
 
 @dataclass
@@ -120,11 +121,12 @@ def unchanged(paths: Iterable[Path], *, error: type[JetvlaError], hint: str) -> 
                 held.check()
             except JetvlaError as problem:
                 found.append(problem)
-                if is_main and callable(signal.getsignal(signal.SIGINT)):
-                    signal.pthread_kill(caller, signal.SIGINT)  # which also ends a system call
+                if is_main:
+                    signal.pthread_kill(caller, _SIGNAL)  # which also ends a system call
                 return
 
     watcher = threading.Thread(target=watch, name="held-files", daemon=True)
+    before = signal.signal(_SIGNAL, _interrupt) if is_main else None
     watcher.start()
     try:
         try:
@@ -133,12 +135,20 @@ def unchanged(paths: Iterable[Path], *, error: type[JetvlaError], hint: str) -> 
             over.set()
             watcher.join()
         held.check()
-    except KeyboardInterrupt:
-        if found:
-            raise found[0] from None
-        raise
+    except _Interruption:
+        raise found[0] from None
     finally:
+        if is_main:
+            signal.signal(_SIGNAL, before)
         held.close()
+
+
+class _Interruption(KeyboardInterrupt):
+    """Goes up like Ctrl-C, and is not taken for it."""
+
+
+def _interrupt(*_: object) -> None:
+    raise _Interruption
 
 
 def _lease(descriptor: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -128,13 +129,21 @@ def test_what_is_closed_or_collected_lets_writers_go_on(path: Path) -> None:
     assert path.read_bytes() == b"new"
 
 
+@pytest.mark.parametrize("ctrl_c", ["heard", "ignored"])
 @pytest.mark.parametrize("leases", [True, False])
-def test_long_work_ends_when_its_file_is_written_to(path: Path, monkeypatch: pytest.MonkeyPatch, leases: bool) -> None:
+def test_long_work_ends_when_its_file_is_written_to(
+    path: Path, monkeypatch: pytest.MonkeyPatch, leases: bool, ctrl_c: str
+) -> None:
     if not leases:
         monkeypatch.setattr("bundle.held_files._LEASES", False)
     writers = []
-    with pytest.raises(CheckpointError, match="weights was changed while it was in use"):
-        _work_and_write(path, writers)
+    # As it is in what a shell started in the background.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if ctrl_c == "ignored" else signal.default_int_handler)
+    try:
+        with pytest.raises(CheckpointError, match="weights was changed while it was in use"):
+            _work_and_write(path, writers)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert writers[0].wait(60) == 0
     assert path.read_bytes() == b"new"
 
@@ -146,8 +155,9 @@ def _work_and_write(path: Path, writers: list[subprocess.Popen[bytes]]) -> None:
 
 
 def test_ctrl_c_in_long_work_stays_what_it_is(path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), unchanged([path], error=CheckpointError, hint="later."):
+    with pytest.raises(KeyboardInterrupt) as caught, unchanged([path], error=CheckpointError, hint="later."):
         raise KeyboardInterrupt
+    assert caught.type is KeyboardInterrupt
 
 
 def test_work_in_a_thread_hears_of_it_at_its_end(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
