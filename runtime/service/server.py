@@ -17,7 +17,7 @@ from runtime.service.security import check_exposure
 if TYPE_CHECKING:
     from runtime.service.app import Service
 
-_NEEDED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
+_NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
 
 def check_installed() -> None:
