@@ -7,6 +7,8 @@ It stands before the application, as plain ASGI, so that a request without a rig
   address as `Origin` (refused unless it is ours), and a page that points its own name at 127.0.0.1 ("DNS rebinding") still sends that name
   as `Host` (refused unless it is a name of loopback).
 * A body is refused by its Content-Length, and counted while it comes in, because that may be missing or lie; it must come in time.
+* What still comes after an answer is read and thrown away, so that the client gets to read the answer instead of a reset, but only so much.
+* Who is not trusted gets no second request on a connection.
 """
 
 from __future__ import annotations
@@ -33,6 +35,13 @@ MIN_KEY_LENGTH = 16
 OPEN_PATHS = frozenset({"/health"})
 # A body for anything but a picture.
 SMALL_BODY = 64 * 1024
+MAX_DRAINED = 16_000_000
+
+# What the guard writes into a scope, for those who decide which connections are needed.
+TRUSTED = "jetvla.trusted"
+"""The key was right, or none is needed and it was no web page."""
+DECIDED = "jetvla.decided"
+"""A step was answered."""
 
 # A name, an IPv4 address or [an IPv6 address], and a port: nothing before, between or after them.
 _HOST = re.compile(r"([^\[\]:@/?#\s]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?", re.ASCII)
@@ -129,49 +138,48 @@ class Guard:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        answered = 0
-
-        async def counted_send(message: Message) -> None:
-            nonlocal answered
-            if message["type"] == "http.response.start":
-                answered = message["status"]
-            await send(message)
-
         scope["jetvla.start_s"] = time.perf_counter()
+        exchange = _Exchange(scope, receive, send, self._access.body_timeout_s)
         self._metrics.in_flight.inc()
         try:
             try:
                 self._check(scope)
-                await self._app(scope, self._limited(scope, receive), counted_send)
+                await self._app(scope, self._limited(scope, exchange), exchange.send)
             except Refusal as error:
                 self._metrics.refused(error.reason)
-                await _answer(error, counted_send)
+                await _answer(error, exchange.send)
             except Exception as error:
                 # The last resort before uvicorn's own page. What was answered is in the log already.
-                if not answered:
-                    await _answer(unexpected(error), counted_send)
+                if not exchange.status:
+                    await _answer(unexpected(error), exchange.send)
+            except asyncio.CancelledError:
+                if not exchange.status:
+                    await _answer(_ending(), exchange.send)
         finally:
             self._metrics.in_flight.dec()
-            self._metrics.request(scope["path"], answered)
+            self._metrics.request(scope["path"], exchange.status)
 
     def _check(self, scope: Message) -> None:
         headers: dict[bytes, list[bytes]] = {}
         for name, value in scope["headers"]:
             headers.setdefault(name, []).append(value)
         self._check_browser(headers)
-        if self._digest is not None and scope["path"] not in OPEN_PATHS:
-            given = headers.get(KEY_HEADER.lower().encode(), [])
+        given = headers.get(KEY_HEADER.lower().encode(), [])
+        right = self._digest is None
+        if self._digest is not None:
             # Compared whether or not there is one, so that both take the same time.
-            right = hmac.compare_digest(hashlib.sha256(given[0] if given else b"").digest(), self._digest)
-            if len(given) != 1 or not right:
-                raise Refusal(
-                    401,
-                    "key",
-                    "a right key is needed",
-                    got="no key" if not given else "another key" if len(given) == 1 else "several keys",
-                    expected=f"the service's key in the header {KEY_HEADER}",
-                    hint="the key is in the file that the service was started with.",
-                )
+            same = hmac.compare_digest(hashlib.sha256(given[0] if given else b"").digest(), self._digest)
+            right = same and len(given) == 1
+        scope[TRUSTED] = right
+        if not right and scope["path"] not in OPEN_PATHS:
+            raise Refusal(
+                401,
+                "key",
+                "a right key is needed",
+                got="no key" if not given else "another key" if len(given) == 1 else "several keys",
+                expected=f"the service's key in the header {KEY_HEADER}",
+                hint="the key is in the file that the service was started with.",
+            )
         if headers.get(b"content-encoding", [b"identity"]) != [b"identity"]:
             raise Refusal(
                 415,
@@ -211,29 +219,21 @@ class Guard:
     def _max_body(self, scope: Message) -> int:
         return self._access.max_body if scope["path"] == "/predict" else min(SMALL_BODY, self._access.max_body)
 
-    def _limited(self, scope: Message, receive: Receive) -> Receive:
-        received, complete = 0, False
-        deadline = time.monotonic() + self._access.body_timeout_s
-
+    def _limited(self, scope: Message, exchange: _Exchange) -> Receive:
         async def limited() -> Message:
-            nonlocal received, complete
-            if complete:
-                return await receive()
             try:
-                message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
+                message = await exchange.receive()
             except asyncio.TimeoutError:
                 raise Refusal(
                     408,
                     "slow_body",
                     "the body did not come in time",
-                    got=f"{received} bytes in {self._access.body_timeout_s:g} s",
+                    got=f"{exchange.received} bytes in {self._access.body_timeout_s:g} s",
                     expected="the whole request",
                     hint="the network is too slow or too lossy to drive a robot over.",
                 ) from None
-            received += len(message.get("body", b""))
-            if received > self._max_body(scope):
-                raise self._too_large(scope, f"{received} bytes so far")
-            complete = message["type"] == "http.disconnect" or not message.get("more_body", False)
+            if exchange.received > self._max_body(scope):
+                raise self._too_large(scope, f"{exchange.received} bytes so far")
             return message
 
         return limited
@@ -249,6 +249,55 @@ class Guard:
         )
 
 
+class _Exchange:
+    """One request and its answer, as they pass the guard.
+
+    Attributes:
+        status: that was answered; 0 before.
+        received: bytes of the body.
+    """
+
+    def __init__(self, scope: Message, receive: Receive, send: Send, timeout_s: float) -> None:
+        self._scope, self._receive, self._send = scope, receive, send
+        self._deadline_s = time.monotonic() + timeout_s
+        self._complete = False
+        self.status, self.received = 0, 0
+
+    async def receive(self) -> Message:
+        """The next part of the request.
+
+        Raises:
+            asyncio.TimeoutError: the body does not come in time.
+        """
+        if self._complete:
+            return await self._receive()
+        message = await asyncio.wait_for(self._receive(), max(0.0, self._deadline_s - time.monotonic()))
+        self.received += len(message.get("body", b""))
+        self._complete = message["type"] == "http.disconnect" or not message.get("more_body", False)
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Send a part of the answer; what still comes of the request is read before the end of the last one."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            self._scope[DECIDED] = self._scope["path"] == "/predict" and self.status == 200
+            if not self._scope.get(TRUSTED, False):
+                message["headers"] = [*message["headers"], (b"connection", b"close")]
+        elif not message.get("more_body", False) and not self._complete:
+            await self._send({**message, "more_body": True})
+            await self._drain()
+            message = {**message, "body": b""}
+        await self._send(message)
+
+    async def _drain(self) -> None:
+        most = self.received + MAX_DRAINED
+        try:
+            while not self._complete and self.received <= most:
+                await self.receive()
+        except asyncio.TimeoutError:
+            pass  # it has its answer
+
+
 def without_port(host: str) -> str:
     """The name or address in a Host header; empty if it is none."""
     match = _HOST.fullmatch(host)
@@ -259,3 +308,9 @@ async def _answer(error: Refusal, send: Send) -> None:
     status, headers, body = answer(error)
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def _ending() -> Refusal:
+    return Refusal(
+        503, "ending", "the service ends", hint="it finishes what takes seconds; start it again.", retry_after_s=10
+    )

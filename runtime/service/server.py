@@ -105,7 +105,9 @@ class Running:
                 await super().startup(sockets)
                 on_ready()
 
-        settings = protocol_settings(request_timeout_s=request_timeout_s, max_connections=max_connections)
+        settings = protocol_settings(
+            request_timeout_s=request_timeout_s, max_connections=max_connections, on_refused=service.metrics.refused
+        )
         config = uvicorn.Config(service.guarded(key), log_config=None, access_log=False, **settings)
         self._service, self._sock, self._server = service, sock, Server(config)
 
