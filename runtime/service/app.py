@@ -25,7 +25,7 @@ from runtime.service.metrics import Metrics
 from runtime.service.openapi import add_endpoints
 from runtime.service.pictures import decode
 from runtime.service.refusal import Refusal, answer, as_refusal, unexpected
-from runtime.service.security import Access, Guard
+from runtime.service.security import STANDING, Access, Guard
 from runtime.service.sessions import Sessions, Stepped, SteppingPolicy
 from runtime.service.turns import Turns
 from runtime.service.upload import read_body, record_of, step_of
@@ -94,6 +94,7 @@ class Service:
         body = await read_body(request)
         clock.append(time.perf_counter())
         async with self._turns.admitted():
+            request.scope[STANDING].waits = True
             fields, frame = await self._turns.read(lambda: self._read_step(request, body))
             clock.append(time.perf_counter())
             async with self._turns.turn():
@@ -131,10 +132,12 @@ class Service:
         """Start an episode in a session."""
         asked = record_of(await read_body(request, "application/json"), ResetRequest)
         self._check_bundle(asked.bundle)
-        async with self._turns.admitted(), self._turns.turn():
-            await self._turns.run(
-                lambda: self._on_policy(lambda: self._sessions.reset(asked.session, asked.instruction))
-            )
+        async with self._turns.admitted():
+            request.scope[STANDING].waits = True
+            async with self._turns.turn():
+                await self._turns.run(
+                    lambda: self._on_policy(lambda: self._sessions.reset(asked.session, asked.instruction))
+                )
         return _json(
             ResetAnswer(
                 session=asked.session, instruction=asked.instruction, step=0, bundle=self._manifest.manifest_sha256

@@ -3,8 +3,8 @@
 * A whole request, headers and body, must come in time, and so must the first one of a connection ("slow loris").
 * Beyond a number of connections, a new one is let in, and the least needed one is closed for it. Whoever refuses newcomers instead locks
   out every robot that has to connect again, for as long as somebody holds connections open. Least needed is what has begun a request and
-  does not end it, then whoever has no key, then whoever was silent longest, and among equals the address that holds most. A robot that
-  drives, and a request that is being worked on, are never closed for a newcomer.
+  does not end it or does not read its answers, then whoever has no key, then whoever was silent longest, then the oldest newcomer, and
+  among equals the address that holds most. A robot that drives, and a request that has a place in the queue, are never closed for one.
 * What is no HTTP gets the same kind of answer as any other error.
 
 Needs uvicorn; imported by runtime/service/server.py when a service is started.
@@ -21,7 +21,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from runtime.service.refusal import Refusal, answer
-from runtime.service.security import DECIDED, TRUSTED
+from runtime.service.security import STANDING, Standing
 
 # After the guard's own limit, which answers 408 while this one just closes.
 _GRACE_S = 2.0
@@ -30,8 +30,9 @@ _COMPLETE = (h11.DONE, h11.MUST_CLOSE, h11.CLOSED, h11.ERROR)
 _ARRIVING_S = 1.0
 # A robot decides several times a second.
 _DRIVING_S = 10.0
+_NO_STANDING = Standing()
 # How much a connection is needed; from _DRIVING on it stays.
-_LATE, _STRANGER, _SILENT, _DRIVING, _WORKING = range(5)
+_LATE, _STRANGER, _SILENT, _ARRIVING, _DRIVING, _WAITING = range(6)
 
 
 class LimitedProtocol(H11Protocol):
@@ -73,13 +74,14 @@ class LimitedProtocol(H11Protocol):
         """How much the connection is needed."""
         if self.flow.write_paused:  # it does not read its answers
             return _LATE
-        if self._timer is None and self._cycle is not None and not self._cycle.response_complete:
-            return _WORKING
+        standing, answered = self._standing, self._cycle is None or self._cycle.response_complete
+        if standing.waits and not answered:
+            return _WAITING
         if now_s - self._decided_s < _DRIVING_S:
             return _DRIVING
-        if self._timer is not None:
-            return _SILENT if now_s - self._since_s < _ARRIVING_S else _LATE
-        return _SILENT if self._has_scope(TRUSTED) else _STRANGER
+        if self._timer is not None or not answered:
+            return _ARRIVING if now_s - self._since_s < _ARRIVING_S else _LATE
+        return _SILENT if standing.trusted else _STRANGER
 
     def drop(self) -> None:
         """Close at once. It counts no more, though asyncio says so only later."""
@@ -96,7 +98,7 @@ class LimitedProtocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         self._since_s = self.loop.time()
-        if self._has_scope(DECIDED):
+        if self._standing.decided:
             self._decided_s = self._since_s
         if self.conn.their_state is h11.SEND_BODY:
             self.transport.close()  # the guard has read enough of what is left of the request
@@ -135,9 +137,11 @@ class LimitedProtocol(H11Protocol):
     def _cycle(self) -> RequestResponseCycle | None:
         return self.cycle  # which uvicorn's annotation says is always there
 
-    def _has_scope(self, mark: str) -> bool:
+    @property
+    def _standing(self) -> Standing:
         scope: Any = {} if self._cycle is None else self._cycle.scope
-        return bool(scope.get(mark, False))
+        standing: Standing = scope.get(STANDING, _NO_STANDING)
+        return standing
 
     def _await_request(self) -> None:
         self._since_s = self.loop.time()

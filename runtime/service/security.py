@@ -8,7 +8,8 @@ It stands before the application, as plain ASGI, so that a request without a rig
   as `Host` (refused unless it is a name of loopback).
 * A body is refused by its Content-Length, and counted while it comes in, because that may be missing or lie; it must come in time.
 * What still comes after an answer is read and thrown away, so that the client gets to read the answer instead of a reset, but only so much.
-* Who is not trusted gets no second request on a connection.
+* Who is not trusted gets no second request on a connection, and all of them together so many answers a second: opening connections for
+  nothing costs others little, and guessing keys is slow.
 """
 
 from __future__ import annotations
@@ -36,12 +37,10 @@ OPEN_PATHS = frozenset({"/health"})
 # A body for anything but a picture.
 SMALL_BODY = 64 * 1024
 MAX_DRAINED = 16_000_000
+STRANGERS_A_SECOND = 100
+_STRANGERS_WAIT_S = 1.0  # at most, and then no longer one after the other
 
-# What the guard writes into a scope, for those who decide which connections are needed.
-TRUSTED = "jetvla.trusted"
-"""The key was right, or none is needed and it was no web page."""
-DECIDED = "jetvla.decided"
-"""A step was answered."""
+STANDING = "jetvla.standing"
 
 # A name, an IPv4 address or [an IPv6 address], and a port: nothing before, between or after them.
 _HOST = re.compile(r"([^\[\]:@/?#\s]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?", re.ASCII)
@@ -113,6 +112,21 @@ def check_exposure(host: str, key: str | None) -> None:
         )
 
 
+@dataclass
+class Standing:
+    """What is known of a request's client, for those who decide which connections are needed. In the scope, as STANDING.
+
+    Attributes:
+        trusted: the key was right, or none is needed and it is no web page.
+        waits: it has a place in the queue.
+        decided: a step was answered.
+    """
+
+    trusted: bool = False
+    waits: bool = False
+    decided: bool = False
+
+
 @dataclass(frozen=True)
 class Access:
     """What the guard holds requests against.
@@ -133,17 +147,19 @@ class Guard:
 
     def __init__(self, app: App, access: Access, metrics: Metrics) -> None:
         self._app, self._access, self._metrics = app, access, metrics
+        self._next_stranger_s = 0.0
         self._digest = None if access.key is None else hashlib.sha256(access.key.encode()).digest()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
         scope["jetvla.start_s"] = time.perf_counter()
-        exchange = _Exchange(scope, receive, send, self._access.body_timeout_s)
+        standing = scope[STANDING] = Standing()
+        exchange = _Exchange(scope, receive, send, self._access.body_timeout_s, self._strangers_turn)
         self._metrics.in_flight.inc()
         try:
             try:
-                self._check(scope)
+                self._check(scope, standing)
                 await self._app(scope, self._limited(scope, exchange), exchange.send)
             except Refusal as error:
                 self._metrics.refused(error.reason)
@@ -159,7 +175,13 @@ class Guard:
             self._metrics.in_flight.dec()
             self._metrics.request(scope["path"], exchange.status)
 
-    def _check(self, scope: Message) -> None:
+    async def _strangers_turn(self) -> None:
+        now_s = time.monotonic()
+        turn_s = max(now_s, self._next_stranger_s)
+        self._next_stranger_s = min(turn_s + 1 / STRANGERS_A_SECOND, now_s + _STRANGERS_WAIT_S)
+        await asyncio.sleep(turn_s - now_s)
+
+    def _check(self, scope: Message, standing: Standing) -> None:
         headers: dict[bytes, list[bytes]] = {}
         for name, value in scope["headers"]:
             headers.setdefault(name, []).append(value)
@@ -170,7 +192,7 @@ class Guard:
             # Compared whether or not there is one, so that both take the same time.
             same = hmac.compare_digest(hashlib.sha256(given[0] if given else b"").digest(), self._digest)
             right = same and len(given) == 1
-        scope[TRUSTED] = right
+        standing.trusted = right
         if not right and scope["path"] not in OPEN_PATHS:
             raise Refusal(
                 401,
@@ -257,8 +279,15 @@ class _Exchange:
         received: bytes of the body.
     """
 
-    def __init__(self, scope: Message, receive: Receive, send: Send, timeout_s: float) -> None:
-        self._scope, self._receive, self._send = scope, receive, send
+    def __init__(
+        self,
+        scope: Message,
+        receive: Receive,
+        send: Send,
+        timeout_s: float,
+        strangers_turn: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._scope, self._receive, self._send, self._strangers_turn = scope, receive, send, strangers_turn
         self._deadline_s = time.monotonic() + timeout_s
         self._complete = False
         self.status, self.received = 0, 0
@@ -279,10 +308,12 @@ class _Exchange:
     async def send(self, message: Message) -> None:
         """Send a part of the answer; what still comes of the request is read before the end of the last one."""
         if message["type"] == "http.response.start":
-            self.status = message["status"]
-            self._scope[DECIDED] = self._scope["path"] == "/predict" and self.status == 200
-            if not self._scope.get(TRUSTED, False):
+            standing = self._scope[STANDING]
+            if not standing.trusted:
+                await self._strangers_turn()
                 message["headers"] = [*message["headers"], (b"connection", b"close")]
+            self.status = message["status"]
+            standing.decided = self._scope["path"] == "/predict" and self.status == 200
         elif not message.get("more_body", False) and not self._complete:
             await self._send({**message, "more_body": True})
             await self._drain()
