@@ -17,7 +17,7 @@ import pytest
 
 from bundle.errors import ConfigError
 from runtime.service.app import Limits
-from runtime.service.security import KEY_VARIABLE, check_exposure, is_loopback, read_key
+from runtime.service.security import KEY_VARIABLE, STRANGERS_A_SECOND, check_exposure, is_loopback, read_key
 from runtime.service.wire import ErrorAnswer
 from tests.bundles import make_bundle
 from tests.runtime.service.serving import KEY, PATIENCE_S, Served, serve_bundle
@@ -254,6 +254,13 @@ def test_strangers_get_one_answer_a_connection(keyed: Served, data: bytes, code:
         assert sock.recv(1) == b""
     keeps = ask(keyed, request("/health", f"X-API-Key: {KEY}", method="GET"))
     assert b"connection: close" not in keeps
+
+
+def test_strangers_are_answered_at_a_pace(keyed: Served) -> None:
+    start = time.monotonic()
+    for _ in range(20):
+        assert status(ask(keyed, request("/policy", "X-API-Key: a-guess", method="GET"))) == 401
+    assert time.monotonic() - start >= 19 / STRANGERS_A_SECOND
 
 
 def test_what_comes_after_a_refusal_is_bounded(keyed: Served) -> None:
