@@ -10,6 +10,7 @@ Exit codes: 0 ended by a signal, 1 failed, 2 usage.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -126,6 +127,10 @@ def serve(config: ServeConfig, console: Console) -> None:
             failed.append(policy.backend)
             running.stop()
 
+        def end() -> None:
+            console.print("ended; what was still at work was dropped.")
+            os._exit(1 if failed else 0)
+
         def ready() -> None:
             manifest, url = policy.manifest, url_of(sock)
             console.print(
@@ -166,6 +171,7 @@ def serve(config: ServeConfig, console: Console) -> None:
             request_timeout_s=limits.request_timeout_s,
             max_connections=limits.max_connections,
             on_ready=ready,
+            on_overdue=end,
         )
         running.run()
         if failed:

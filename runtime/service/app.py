@@ -1,12 +1,11 @@
 """The policy service as an ASGI application: endpoints, and how they use one policy in turns.
 
-The event loop only moves bytes: pictures are decoded on worker threads and the policy runs on a thread of its own, so /health answers while
-a step runs. Needs the extra `serve`; imported by runtime/service/server.py when a service is started.
+The event loop only moves bytes: bodies are parsed and pictures decoded on worker threads, and the policy runs on a thread of its own, so
+/health answers while a step runs. Needs the extra `serve`; imported by runtime/service/server.py when a service is started.
 """
 
 from __future__ import annotations
 
-import asyncio
 import math
 import time
 from collections.abc import Callable
@@ -15,7 +14,9 @@ from itertools import pairwise
 from typing import TypeVar
 
 import msgspec
+import numpy as np
 from fastapi import FastAPI, Request, Response
+from numpy.typing import NDArray
 from starlette.exceptions import HTTPException
 
 from bundle.errors import BackendError, BundleError, JetvlaError
@@ -24,11 +25,11 @@ from runtime.service.metrics import Metrics
 from runtime.service.openapi import add_endpoints
 from runtime.service.pictures import decode
 from runtime.service.refusal import Refusal, answer, as_refusal, unexpected
-from runtime.service.security import Access, Guard
+from runtime.service.security import STANDING, Access, Guard
 from runtime.service.sessions import Sessions, Stepped, SteppingPolicy
 from runtime.service.turns import Turns
-from runtime.service.upload import read_json, read_step
-from runtime.service.wire import Health, Prediction, ResetAnswer, ResetRequest
+from runtime.service.upload import read_body, record_of, step_of
+from runtime.service.wire import Health, PredictFields, Prediction, ResetAnswer, ResetRequest
 
 T = TypeVar("T")
 
@@ -90,11 +91,11 @@ class Service:
     async def predict(self, request: Request) -> Response:
         """Decide on one frame of a session."""
         clock = [request.scope["jetvla.start_s"]]
+        body = await read_body(request)
+        clock.append(time.perf_counter())
         async with self._turns.admitted():
-            fields, file = await read_step(request)
-            clock.append(time.perf_counter())
-            self._check_bundle(fields.bundle)
-            frame = await asyncio.to_thread(decode, file, max_pixels=self._limits.max_pixels)
+            request.scope[STANDING].waits = True
+            fields, frame = await self._turns.read(lambda: self._read_step(request, body))
             clock.append(time.perf_counter())
             async with self._turns.turn():
                 clock.append(time.perf_counter())
@@ -129,9 +130,10 @@ class Service:
 
     async def reset(self, request: Request) -> Response:
         """Start an episode in a session."""
+        asked = record_of(await read_body(request, "application/json"), ResetRequest)
+        self._check_bundle(asked.bundle)
         async with self._turns.admitted():
-            asked = await read_json(request, ResetRequest)
-            self._check_bundle(asked.bundle)
+            request.scope[STANDING].waits = True
             async with self._turns.turn():
                 await self._turns.run(
                     lambda: self._on_policy(lambda: self._sessions.reset(asked.session, asked.instruction))
@@ -203,6 +205,11 @@ class Service:
         response = _error(refusal)
         response.headers.update(error.headers or {})
         return response
+
+    def _read_step(self, request: Request, body: bytes) -> tuple[PredictFields, NDArray[np.uint8]]:
+        fields, file = step_of(request, body)
+        self._check_bundle(fields.bundle)
+        return fields, decode(file, max_pixels=self._limits.max_pixels)
 
     def _check_bundle(self, wanted: str | None) -> None:
         if wanted is not None and wanted != self._manifest.manifest_sha256:

@@ -46,6 +46,7 @@ log = logging.getLogger("jetvla")
 # What is left for noticing that an answer did not come.
 _MARGIN = 0.95
 _SECTIONS = ("vision", "language", "action_head")
+_MOST_MS = 3_600_000.0  # that a server can have taken for anything
 _Record = TypeVar("_Record", bound=msgspec.Struct)
 
 
@@ -262,6 +263,9 @@ class RemotePolicy:
             or tuple(answer.units) != self.manifest.action.units
         ):
             raise self._senseless(f"{answer.action_names} in {answer.units}")
+        times = [*answer.timing.values(), *([] if answer.engine_ms is None else [answer.engine_ms])]
+        if not all(0 <= milliseconds <= _MOST_MS for milliseconds in times):
+            raise self._senseless(f"times of {min(times):g} to {max(times):g} ms")
         total = (time.monotonic() - start) * 1e3
         served = answer.timing.get("total", 0.0)
         sections = {name: answer.timing[name] for name in _SECTIONS if name in answer.timing}

@@ -7,6 +7,9 @@ It stands before the application, as plain ASGI, so that a request without a rig
   address as `Origin` (refused unless it is ours), and a page that points its own name at 127.0.0.1 ("DNS rebinding") still sends that name
   as `Host` (refused unless it is a name of loopback).
 * A body is refused by its Content-Length, and counted while it comes in, because that may be missing or lie; it must come in time.
+* What still comes after an answer is read and thrown away, so that the client gets to read the answer instead of a reset, but only so much.
+* Who is not trusted gets no second request on a connection, and all of them together so many answers a second: opening connections for
+  nothing costs others little, and guessing keys is slow.
 """
 
 from __future__ import annotations
@@ -33,6 +36,11 @@ MIN_KEY_LENGTH = 16
 OPEN_PATHS = frozenset({"/health"})
 # A body for anything but a picture.
 SMALL_BODY = 64 * 1024
+MAX_DRAINED = 16_000_000
+STRANGERS_A_SECOND = 100
+_STRANGERS_WAIT_S = 1.0  # at most, and then no longer one after the other
+
+STANDING = "jetvla.standing"
 
 # A name, an IPv4 address or [an IPv6 address], and a port: nothing before, between or after them.
 _HOST = re.compile(r"([^\[\]:@/?#\s]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?", re.ASCII)
@@ -104,6 +112,21 @@ def check_exposure(host: str, key: str | None) -> None:
         )
 
 
+@dataclass
+class Standing:
+    """What is known of a request's client, for those who decide which connections are needed. In the scope, as STANDING.
+
+    Attributes:
+        trusted: the key was right, or none is needed and it is no web page.
+        waits: it has a place in the queue.
+        decided: a step was answered.
+    """
+
+    trusted: bool = False
+    waits: bool = False
+    decided: bool = False
+
+
 @dataclass(frozen=True)
 class Access:
     """What the guard holds requests against.
@@ -124,54 +147,61 @@ class Guard:
 
     def __init__(self, app: App, access: Access, metrics: Metrics) -> None:
         self._app, self._access, self._metrics = app, access, metrics
+        self._next_stranger_s = 0.0
         self._digest = None if access.key is None else hashlib.sha256(access.key.encode()).digest()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        answered = 0
-
-        async def counted_send(message: Message) -> None:
-            nonlocal answered
-            if message["type"] == "http.response.start":
-                answered = message["status"]
-            await send(message)
-
         scope["jetvla.start_s"] = time.perf_counter()
+        standing = scope[STANDING] = Standing()
+        exchange = _Exchange(scope, receive, send, self._access.body_timeout_s, self._strangers_turn)
         self._metrics.in_flight.inc()
         try:
             try:
-                self._check(scope)
-                await self._app(scope, self._limited(scope, receive), counted_send)
+                self._check(scope, standing)
+                await self._app(scope, self._limited(scope, exchange), exchange.send)
             except Refusal as error:
                 self._metrics.refused(error.reason)
-                await _answer(error, counted_send)
+                await _answer(error, exchange.send)
             except Exception as error:
                 # The last resort before uvicorn's own page. What was answered is in the log already.
-                if not answered:
-                    await _answer(unexpected(error), counted_send)
+                if not exchange.status:
+                    await _answer(unexpected(error), exchange.send)
+            except asyncio.CancelledError:
+                if not exchange.status:
+                    await _answer(_ending(), exchange.send)
         finally:
             self._metrics.in_flight.dec()
-            self._metrics.request(scope["path"], answered)
+            self._metrics.request(scope["path"], exchange.status)
 
-    def _check(self, scope: Message) -> None:
+    async def _strangers_turn(self) -> None:
+        now_s = time.monotonic()
+        turn_s = max(now_s, self._next_stranger_s)
+        self._next_stranger_s = min(turn_s + 1 / STRANGERS_A_SECOND, now_s + _STRANGERS_WAIT_S)
+        await asyncio.sleep(turn_s - now_s)
+
+    def _check(self, scope: Message, standing: Standing) -> None:
         headers: dict[bytes, list[bytes]] = {}
         for name, value in scope["headers"]:
             headers.setdefault(name, []).append(value)
         self._check_browser(headers)
-        if self._digest is not None and scope["path"] not in OPEN_PATHS:
-            given = headers.get(KEY_HEADER.lower().encode(), [])
+        given = headers.get(KEY_HEADER.lower().encode(), [])
+        right = self._digest is None
+        if self._digest is not None:
             # Compared whether or not there is one, so that both take the same time.
-            right = hmac.compare_digest(hashlib.sha256(given[0] if given else b"").digest(), self._digest)
-            if len(given) != 1 or not right:
-                raise Refusal(
-                    401,
-                    "key",
-                    "a right key is needed",
-                    got="no key" if not given else "another key" if len(given) == 1 else "several keys",
-                    expected=f"the service's key in the header {KEY_HEADER}",
-                    hint="the key is in the file that the service was started with.",
-                )
+            same = hmac.compare_digest(hashlib.sha256(given[0] if given else b"").digest(), self._digest)
+            right = same and len(given) == 1
+        standing.trusted = right
+        if not right and scope["path"] not in OPEN_PATHS:
+            raise Refusal(
+                401,
+                "key",
+                "a right key is needed",
+                got="no key" if not given else "another key" if len(given) == 1 else "several keys",
+                expected=f"the service's key in the header {KEY_HEADER}",
+                hint="the key is in the file that the service was started with.",
+            )
         if headers.get(b"content-encoding", [b"identity"]) != [b"identity"]:
             raise Refusal(
                 415,
@@ -211,29 +241,21 @@ class Guard:
     def _max_body(self, scope: Message) -> int:
         return self._access.max_body if scope["path"] == "/predict" else min(SMALL_BODY, self._access.max_body)
 
-    def _limited(self, scope: Message, receive: Receive) -> Receive:
-        received, complete = 0, False
-        deadline = time.monotonic() + self._access.body_timeout_s
-
+    def _limited(self, scope: Message, exchange: _Exchange) -> Receive:
         async def limited() -> Message:
-            nonlocal received, complete
-            if complete:
-                return await receive()
             try:
-                message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
+                message = await exchange.receive()
             except asyncio.TimeoutError:
                 raise Refusal(
                     408,
                     "slow_body",
                     "the body did not come in time",
-                    got=f"{received} bytes in {self._access.body_timeout_s:g} s",
+                    got=f"{exchange.received} bytes in {self._access.body_timeout_s:g} s",
                     expected="the whole request",
                     hint="the network is too slow or too lossy to drive a robot over.",
                 ) from None
-            received += len(message.get("body", b""))
-            if received > self._max_body(scope):
-                raise self._too_large(scope, f"{received} bytes so far")
-            complete = message["type"] == "http.disconnect" or not message.get("more_body", False)
+            if exchange.received > self._max_body(scope):
+                raise self._too_large(scope, f"{exchange.received} bytes so far")
             return message
 
         return limited
@@ -249,6 +271,64 @@ class Guard:
         )
 
 
+class _Exchange:
+    """One request and its answer, as they pass the guard.
+
+    Attributes:
+        status: that was answered; 0 before.
+        received: bytes of the body.
+    """
+
+    def __init__(
+        self,
+        scope: Message,
+        receive: Receive,
+        send: Send,
+        timeout_s: float,
+        strangers_turn: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._scope, self._receive, self._send, self._strangers_turn = scope, receive, send, strangers_turn
+        self._deadline_s = time.monotonic() + timeout_s
+        self._complete = False
+        self.status, self.received = 0, 0
+
+    async def receive(self) -> Message:
+        """The next part of the request.
+
+        Raises:
+            asyncio.TimeoutError: the body does not come in time.
+        """
+        if self._complete:
+            return await self._receive()
+        message = await asyncio.wait_for(self._receive(), max(0.0, self._deadline_s - time.monotonic()))
+        self.received += len(message.get("body", b""))
+        self._complete = message["type"] == "http.disconnect" or not message.get("more_body", False)
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Send a part of the answer; what still comes of the request is read before the end of the last one."""
+        if message["type"] == "http.response.start":
+            standing = self._scope[STANDING]
+            if not standing.trusted:
+                await self._strangers_turn()
+                message["headers"] = [*message["headers"], (b"connection", b"close")]
+            self.status = message["status"]
+            standing.decided = self._scope["path"] == "/predict" and self.status == 200
+        elif not message.get("more_body", False) and not self._complete:
+            await self._send({**message, "more_body": True})
+            await self._drain()
+            message = {**message, "body": b""}
+        await self._send(message)
+
+    async def _drain(self) -> None:
+        most = self.received + MAX_DRAINED
+        try:
+            while not self._complete and self.received <= most:
+                await self.receive()
+        except asyncio.TimeoutError:
+            pass  # it has its answer
+
+
 def without_port(host: str) -> str:
     """The name or address in a Host header; empty if it is none."""
     match = _HOST.fullmatch(host)
@@ -259,3 +339,9 @@ async def _answer(error: Refusal, send: Send) -> None:
     status, headers, body = answer(error)
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def _ending() -> Refusal:
+    return Refusal(
+        503, "ending", "the service ends", hint="it finishes what takes seconds; start it again.", retry_after_s=10
+    )

@@ -6,6 +6,7 @@ import importlib.util
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -17,7 +18,10 @@ from runtime.service.security import check_exposure
 if TYPE_CHECKING:
     from runtime.service.app import Service
 
-_NEEDED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
+# From a signal to the end of the process; supervisors and people wait longer than that before they kill.
+END_S = 4.0
+
+_NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
 
 def check_installed() -> None:
@@ -84,6 +88,8 @@ class Running:
         key: that clients must have.
         request_timeout_s, max_connections: see runtime.service.app.Limits.
         on_ready: called once the socket accepts.
+        on_overdue: called on a thread of its own END_S after the end was asked for, if there is still somebody to call. A picture that is
+            being decoded and a step that hangs keep their threads, and threads cannot be stopped: what helps is to end the process.
     """
 
     def __init__(
@@ -95,6 +101,7 @@ class Running:
         request_timeout_s: float,
         max_connections: int,
         on_ready: Callable[[], None] = lambda: None,
+        on_overdue: Callable[[], None] = lambda: None,
     ) -> None:
         import uvicorn
 
@@ -105,22 +112,35 @@ class Running:
                 await super().startup(sockets)
                 on_ready()
 
-        settings = protocol_settings(request_timeout_s=request_timeout_s, max_connections=max_connections)
+        settings = protocol_settings(
+            request_timeout_s=request_timeout_s, max_connections=max_connections, on_refused=service.metrics.refused
+        )
         config = uvicorn.Config(service.guarded(key), log_config=None, access_log=False, **settings)
-        self._service, self._sock, self._server = service, sock, Server(config)
+        self._service, self._sock, self._server, self._on_overdue = service, sock, Server(config), on_overdue
 
     def run(self) -> None:
         """Serve until told to stop; then finish what runs, within seconds, and release the policy."""
+        ended = threading.Event()
+        threading.Thread(target=self._see_that_it_ends, args=(ended,), name="end", daemon=True).start()
         try:
             with _quiet_signals():
                 self._server.run(sockets=[self._sock])
         finally:
             self._sock.close()
             self._service.close()
+            ended.set()
 
     def stop(self) -> None:
         """End `run`; from any thread."""
         self._server.should_exit = True
+
+    def _see_that_it_ends(self, ended: threading.Event) -> None:
+        # Asks, because a signal's handler may neither start a thread nor take a lock.
+        while not self._server.should_exit:
+            if ended.wait(0.2):
+                return
+        time.sleep(END_S)
+        self._on_overdue()
 
 
 @contextmanager

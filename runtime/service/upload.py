@@ -1,60 +1,40 @@
-"""Reads a request's body into a record and picture bytes, from JSON or from a form, strictly.
+"""Makes a request's body into a record and picture bytes, from JSON or from a form, strictly.
 
-How much may come and how long it may take is the guard's business (runtime/service/security.py): its limits raise from within the reads
-here. Needs the extra `serve`.
+How much may come and how long it may take is the guard's business (runtime/service/security.py): its limits raise from within
+`read_body`. All else here is plain functions of bytes, to be run where they hold up nobody.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncGenerator
 from typing import Any, TypeVar
 
 import msgspec
-from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
+from runtime.service.form import read_form
 from runtime.service.pictures import decode_base64
 from runtime.service.refusal import Refusal
 from runtime.service.wire import PredictFields, PredictRequest
 
 _Record = TypeVar("_Record", bound=msgspec.Struct)
 _IMAGE = "image"
+_JSON, _FORM = "application/json", "multipart/form-data"
 _FIELD = 16 * 1024  # bytes of a plain field; an instruction has 2000 characters
-# A form's own charset would choose the codec of its fields, and Python has some that take the square of the length (punycode).
 _CHARSET = re.compile(r"charset[^=;]{0,8}=[\s\"]*([^\";\s]*)", re.IGNORECASE)
 _CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")
 
 
-async def read_step(request: Request) -> tuple[PredictFields, bytes]:
-    """The fields of a step and its picture file.
+async def read_body(request: Request, *kinds: str) -> bytes:
+    """The whole body of a request of one of these types, by default of JSON or a form.
 
     Raises:
-        Refusal: 415 for another content type, 422 for a body that does not fit; see also the guard.
+        Refusal: 415 for another content type, 400 when the client went away; see also the guard.
     """
+    kinds = kinds or (_JSON, _FORM)
     kind = _content_type(request)
-    if kind == "multipart/form-data":
-        return await _read_form(request)
-    if kind == "application/json":
-        record = _decoded(await _body(request), PredictRequest)
-        return record, decode_base64(record.image)
-    raise _wrong_type(kind, "application/json or multipart/form-data")
-
-
-async def read_json(request: Request, record: type[_Record]) -> _Record:
-    """A JSON body as a record.
-
-    Raises:
-        Refusal: 415 for another content type, 422 for a body that does not fit; see also the guard.
-    """
-    kind = _content_type(request)
-    if kind != "application/json":
-        raise _wrong_type(kind, "application/json")
-    return _decoded(await _body(request), record)
-
-
-async def _body(request: Request) -> bytes:
+    if kind not in kinds:
+        raise _wrong_type(kind, " or ".join(kinds))
     body = bytearray()
     try:
         async for chunk in request.stream():
@@ -64,32 +44,51 @@ async def _body(request: Request) -> bytes:
     return bytes(body)
 
 
-async def _read_form(request: Request) -> tuple[PredictFields, bytes]:
-    body = await _body(request)
+def step_of(request: Request, body: bytes) -> tuple[PredictFields, bytes]:
+    """The fields of a step and its picture file, from a body of `read_body`.
 
-    async def whole() -> AsyncGenerator[bytes, None]:
-        yield body
+    Raises:
+        Refusal: 422 for a body that does not fit.
+    """
+    if _content_type(request) == _FORM:
+        return _form_of(request.headers["content-type"], body)
+    record = record_of(body, PredictRequest)
+    return record, decode_base64(record.image)
 
+
+def record_of(body: bytes, record: type[_Record]) -> _Record:
+    """A JSON body as a record.
+
+    Raises:
+        Refusal: 422 for a body that does not fit.
+    """
     try:
-        form = await MultiPartParser(request.headers, whole(), max_files=2, max_fields=8, max_part_size=_FIELD).parse()
-    except (MultiPartException, UnicodeError) as error:
-        raise _unfit(getattr(error, "message", error)) from None
+        return msgspec.json.decode(body, type=record)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _unfit(error) from None
+
+
+def _form_of(content_type: str, body: bytes) -> tuple[PredictFields, bytes]:
     fields: dict[str, Any] = {}
     image: bytes | None = None
     try:
-        for name, value in form.multi_items():
-            if name in fields or (name == _IMAGE and image is not None):
-                raise _unfit(f"{name[:64]!r} twice")
-            if isinstance(value, UploadFile) != (name == _IMAGE):
-                raise _unfit(f"{name[:64]!r} as a {'file' if isinstance(value, UploadFile) else 'plain field'}")
-            if isinstance(value, UploadFile):
-                image = await value.read()
-            elif value.encode() not in body:  # the parser falls back to latin-1 without a word
-                raise _unfit(f"{name[:64]!r} that is no UTF-8")
-            else:
-                fields[name] = value
-    finally:
-        await form.close()
+        parts = read_form(content_type, body)
+    except ValueError as error:
+        raise _unfit(error) from None
+    for part in parts:
+        if part.name in fields or (part.name == _IMAGE and image is not None):
+            raise _unfit(f"{part.name[:64]!r} twice")
+        if part.is_file != (part.name == _IMAGE):
+            raise _unfit(f"{part.name[:64]!r} as a {'file' if part.is_file else 'plain field'}")
+        if part.is_file:
+            image = part.content
+        elif len(part.content) > _FIELD:
+            raise _unfit(f"{len(part.content)} bytes of {part.name[:64]!r}")
+        else:
+            try:
+                fields[part.name] = part.content.decode()
+            except UnicodeDecodeError:
+                raise _unfit(f"{part.name[:64]!r} that is no UTF-8") from None
     if image is None:
         raise _unfit("no file `image`")
     try:
@@ -117,13 +116,6 @@ def _content_type(request: Request) -> str:
                 hint="leave the charset out: forms and JSON are read as UTF-8.",
             )
     return kind.partition(";")[0].strip().lower()
-
-
-def _decoded(body: bytes, record: type[_Record]) -> _Record:
-    try:
-        return msgspec.json.decode(body, type=record)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _unfit(error) from None
 
 
 def _unfit(got: object) -> Refusal:

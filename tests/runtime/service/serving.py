@@ -118,9 +118,10 @@ class ServiceProcess:
     process: subprocess.Popen[str]
 
 
-def start_service(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
-    """Start runtime/serve.py; `wait_until_ready` tells where it listens."""
-    command = [sys.executable, ROOT / "runtime" / "serve.py", *arguments, "--json", "--threads", "1"]
+def start_service(*arguments: str | Path, first: str = "", **environment: str) -> subprocess.Popen[str]:
+    """Start runtime/serve.py, in a process that executes `first` before; its first line tells where it listens."""
+    run = f"import runpy, sys; del sys.argv[0]; {first or 'pass'}; runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", run, ROOT / "runtime" / "serve.py", *arguments, "--json", "--threads", "1"]
     return subprocess.Popen(
         [str(part) for part in command],
         stdout=subprocess.PIPE,
@@ -131,9 +132,9 @@ def start_service(*arguments: str | Path, **environment: str) -> subprocess.Pope
 
 
 @contextmanager
-def service_process(*arguments: str | Path, **environment: str) -> Iterator[ServiceProcess]:
+def service_process(*arguments: str | Path, first: str = "", **environment: str) -> Iterator[ServiceProcess]:
     """A service that answers, killed in the end."""
-    with start_service(*arguments, **environment) as process:
+    with start_service(*arguments, first=first, **environment) as process:
         try:
             assert process.stdout is not None
             assert process.stderr is not None

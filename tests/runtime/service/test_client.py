@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from bundle.errors import ConfigError, FrameError, NotFiniteError, PromptError, ServiceError
+from bundle.manifest import Manifest
 from runtime.events import Note
 from runtime.policy import Policy
 from runtime.service.app import Limits
@@ -247,8 +248,6 @@ Behaviour = Callable[[socket.socket, bytes], None]
 @contextmanager
 def fake_service(bundle: Path, behaviour: Behaviour) -> Iterator[str]:
     """Answers the questions at the start and /reset rightly, and leaves /predict to `behaviour`."""
-    from bundle.manifest import Manifest
-
     manifest = Manifest.load(bundle)
     health = Health(
         status="ok", loaded=True, backend="fake", precision="fp32", bundle=manifest.manifest_sha256, uptime_s=1.0
@@ -372,15 +371,14 @@ PREDICTION = {
 }
 
 
-def answering(folder: Path, **changes: object) -> Behaviour:
-    """A server whose answers are right but for `changes`."""
-    from bundle.manifest import Manifest
-
+def answering(folder: Path, *, total: bytes = b"1.0", **changes: object) -> Behaviour:
+    """A server whose answers are right but for `changes`, and for what stands where its total time should."""
     sha = Manifest.load(folder).manifest_sha256
 
     def behave(connection: socket.socket, begun: bytes) -> None:
         session = _whole(connection, begun).split(b'name="session"\r\n\r\n', 1)[1].split(b"\r\n", 1)[0].decode()
-        connection.sendall(_http(msgspec.json.encode({**PREDICTION, "session": session, "bundle": sha, **changes})))
+        body = msgspec.json.encode({**PREDICTION, "session": session, "bundle": sha, **changes})
+        connection.sendall(_http(body.replace(b'"total":1.0', b'"total":' + total)))
 
     return behave
 
@@ -399,6 +397,13 @@ def answering(folder: Path, **changes: object) -> Behaviour:
         ({"step": 7}, "not as a policy service does"),
         ({"instruction": GO_RIGHT}, "not as a policy service does"),
         ({"bundle": "0" * 64}, "serves another bundle now"),
+        ({"timing": {"total": 1e308, "vision": 1e308, "language": 1e308}}, "not as a policy service does"),
+        ({"timing": {"total": -1.0}}, "not as a policy service does"),
+        ({"timing": {"total": "1"}}, "not as a policy service does"),
+        ({"timing": {"total": None}}, "not as a policy service does"),
+        ({"timing": {"total": 1.0, "vision": 10**18}}, "not as a policy service does"),
+        ({"engine_ms": 1e300}, "not as a policy service does"),
+        ({"engine_ms": -1}, "not as a policy service does"),
         ({"more": 1}, "not as a policy service does"),
     ],
 )
@@ -406,6 +411,15 @@ def test_wrong_answers_move_nothing(bundle: Path, changes: dict[str, object], me
     with fake_service(bundle, answering(bundle, **changes)) as url, remote(url) as client:
         client.reset(GO_LEFT)
         with pytest.raises((ServiceError, NotFiniteError), match=message):
+            client.step(FRAMES[0])
+
+
+@pytest.mark.parametrize("number", ["1e999", "NaN", "9" * 400, "-Infinity"])
+def test_numbers_that_json_has_not_are_misses(bundle: Path, number: str) -> None:
+    behave = answering(bundle, total=number.encode())
+    with fake_service(bundle, behave) as url, remote(url) as client:
+        client.reset(GO_LEFT)
+        with pytest.raises(ServiceError, match="not as a policy service does"):
             client.step(FRAMES[0])
 
 

@@ -1,14 +1,18 @@
-"""Where a service may listen."""
+"""Where a service may listen, and how it ends."""
 
 from __future__ import annotations
 
+import signal
 import socket
+import threading
+from pathlib import Path
 
+import httpx
 import pytest
 
 from bundle.errors import ConfigError, ServiceError
 from runtime.service.server import listen, url_of
-from tests.runtime.service.serving import KEY
+from tests.runtime.service.serving import KEY, PATIENCE_S, service_process
 
 
 def test_a_free_port_is_found_and_named() -> None:
@@ -57,3 +61,26 @@ def test_addresses_that_are_not_ours() -> None:
 def test_a_taken_port() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ServiceError, match="cannot listen"):
         listen("127.0.0.1", taken.getsockname()[1], None)
+
+
+def test_a_signal_ends_it_whatever_is_being_decoded(bundle: Path) -> None:
+    """A thread inside of a decoder cannot be stopped, and the end of the process would wait for it."""
+    hangs = "import time, runtime.service.app as app; app.decode = lambda *_, **__: print('decodes', flush=True) or time.sleep(3600)"
+    answers: list[httpx.Response] = []
+    with service_process(bundle, "--port", "0", first=hangs) as service:
+
+        def ask() -> None:
+            fields, files = {"session": "a"}, {"image": ("a.png", b"")}
+            answers.append(
+                httpx.post(f"{service.url}/predict", data=fields, files=files, trust_env=False, timeout=PATIENCE_S)
+            )
+
+        asks = threading.Thread(target=ask)
+        asks.start()
+        assert service.process.stdout is not None
+        assert service.process.stdout.readline() == "decodes\n"
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(PATIENCE_S) == 0
+        asks.join(PATIENCE_S)
+    (answer,) = answers
+    assert (answer.status_code, answer.json()["reason"]) == (503, "ending")
