@@ -32,7 +32,7 @@ from runtime.safety import STILL, Request, State, Vector, step
 
 # A best-effort transport may lose one.
 _LAST_ZEROS = 3
-_LISTENERS_EVERY_S, _RIVALS_EVERY_S = 0.5, 2.0
+_LISTENERS_EVERY_S, _RIVALS_EVERY_S = 0.5, 0.25
 _NOT_FINITE = (math.nan,) * len(TWIST_FIELDS)
 
 
@@ -82,7 +82,7 @@ class ControlLoop:
         """
         Args:
             guard: None only where the sink moves nothing.
-            rivals: tells who else sends commands to the robot; asked every two seconds.
+            rivals: tells who else sends commands to the robot; asked four times a second.
             clock: monotonic seconds; the one that frames are stamped with.
         """
         self._sink, self._guard, self._frames = sink, guard, frames

@@ -131,6 +131,7 @@ class Watchdog:
             with suppress(OSError):
                 self._link.shutdown(socket.SHUT_WR)
         # It answers only to say that it stays; else the connection ends with it.
+        deadline_s = time.monotonic() + _CLOSE_S
         ready, _, _ = select.select([self._link], [], [], _CLOSE_S)
         stays = False
         with suppress(OSError):
@@ -140,7 +141,7 @@ class Watchdog:
             self._process.returncode = 0  # nobody waits for it any more
         else:
             with suppress(subprocess.TimeoutExpired):
-                self._process.wait(_CLOSE_S)
+                self._process.wait(max(0.0, deadline_s - time.monotonic()))
             _end(self._process, self._link)
         self._page.close()
 

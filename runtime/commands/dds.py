@@ -88,14 +88,16 @@ class DdsSink:
             self._topic_name = dds_topic(config.topic)
             self._writer = DataWriter(self._participant, Topic(self._participant, self._topic_name, message), qos=qos)
             self._writers = BuiltinDataReader(self._participant, BuiltinTopicDcpsPublication)
-            states = ViewState.Any | SampleState.Any | InstanceState.Alive
-            self._alive = ReadCondition(self._writers, states)
+            # Of writers also those that are gone: what came and went between two looks is there to be taken.
+            self._changed = ReadCondition(self._writers, ViewState.Any | SampleState.Any | InstanceState.Any)
             self._readers = BuiltinDataReader(self._participant, BuiltinTopicDcpsSubscription)
-            self._reading = ReadCondition(self._readers, states)
+            self._reading = ReadCondition(self._readers, ViewState.Any | SampleState.Any | InstanceState.Alive)
             self._type_name = message.__idl_typename__
             self.identity = str(self._participant.guid)
         except DDSException as error:
             raise self._error("cannot publish", error) from None
+        self._writing: dict[str, str] = {}  # writers on the topic: participant by key
+        self._instance_alive = int(InstanceState.Alive)
         self._opened_s = time.monotonic()
         self._closed = False
         self._message(ZERO).serialize()  # builds the serializer now rather than at the first command
@@ -120,7 +122,7 @@ class DdsSink:
             return None
 
     def competitors(self, *, exclude: Collection[str] = (), wait_s: float = 1.0) -> list[str]:
-        """Other writers on the topic, in this process, on this machine or another.
+        """Other writers on the topic, in this process, on this machine or another; who came and went since the last call is told of once.
 
         Args:
             exclude: `identity` of those that may be there.
@@ -129,12 +131,13 @@ class DdsSink:
         allowed = {self.identity, *exclude}
         while True:
             try:
-                samples = self._writers.read(N=_MOST_WRITERS, condition=self._alive)
+                gone = self._follow() - allowed
             except self._exception as error:
                 raise self._error("cannot tell who else publishes", error) from None
-            others = {str(one.participant_key) for one in samples if one.topic_name == self._topic_name} - allowed
-            if others or time.monotonic() - self._opened_s > wait_s:
-                return [self._describe(other) for other in sorted(others)]
+            others = set(self._writing.values()) - allowed
+            if others or gone or time.monotonic() - self._opened_s > wait_s:
+                left = [f"participant {other}, which is gone again" for other in sorted(gone - others)]
+                return [self._describe(other) for other in sorted(others)] + left
             time.sleep(_LOOK_S)
 
     def misfits(self) -> list[str]:
@@ -167,8 +170,24 @@ class DdsSink:
             return
         self.confirm(_LAST_ACKS_S)
         self._closed = True
-        for name in ("_alive", "_writers", "_reading", "_readers", "_writer", "_participant"):
+        for name in ("_changed", "_writers", "_reading", "_readers", "_writer", "_participant"):
             delattr(self, name)  # cyclonedds deletes an entity with its last reference
+
+    def _follow(self) -> set[str]:
+        """Take what changed among the writers; participants whose writers on the topic came and went meanwhile. 30 us where nothing did."""
+        gone = set()
+        while True:
+            samples = self._writers.take(N=_MOST_WRITERS, condition=self._changed)
+            for one in samples:
+                key = str(one.key)
+                if one.sample_info.instance_state != self._instance_alive:
+                    # A writer that had not been seen yet carries its topic all the same.
+                    if self._writing.pop(key, None) is None and one.sample_info.valid_data:
+                        gone |= {str(one.participant_key)} if one.topic_name == self._topic_name else set()
+                elif one.topic_name == self._topic_name:
+                    self._writing[key] = str(one.participant_key)
+            if len(samples) < _MOST_WRITERS:
+                return gone
 
     def _message(self, twist: Twist) -> Any:
         messages = self._messages

@@ -1,7 +1,9 @@
-"""Bundles that many tests read and none may change: tiny ones by hand, and real ones built from the recorded checkpoints."""
+"""Bundles that many tests read and none may change: tiny ones by hand, and real ones built from the recorded checkpoints; a DDS domain."""
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,12 @@ from tests.oracle import oracle_case
 
 TinyBundle = Callable[[Tiny], Path]
 BuiltBundle = Callable[[str, str, bool], Path]
+_DOMAINS = itertools.count(os.getpid())
+_LOOPBACK = (
+    "<CycloneDDS><Domain><General><Interfaces><NetworkInterface address='127.0.0.1'/></Interfaces>"
+    "<AllowMulticast>false</AllowMulticast></General><Discovery><ParticipantIndex>auto</ParticipantIndex>"
+    "<Peers><Peer address='127.0.0.1'/></Peers></Discovery></Domain></CycloneDDS>"
+)
 
 
 @pytest.fixture(scope="session")
@@ -54,3 +62,10 @@ def built_bundle(tmp_path_factory: pytest.TempPathFactory) -> BuiltBundle:
         return made[key]
 
     return build_once
+
+
+@pytest.fixture
+def domain(monkeypatch: pytest.MonkeyPatch) -> int:
+    """DDS on the loopback device alone, in a domain of its own below 100: ports of higher ones also go to other sockets."""
+    monkeypatch.setenv("CYCLONEDDS_URI", _LOOPBACK)
+    return 1 + next(_DOMAINS) % 99

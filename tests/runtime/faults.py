@@ -24,6 +24,7 @@ RAMP_S = SAFETY.stop_within_s + 2 * PERIOD_S
 # What was decided last may still be as fresh as its own decision period.
 UNDECIDED_S = SAFETY.stale_action_s + SAFETY.stop_within_s + 2 * PERIOD_S
 LATE_S = DECIDE_S * SAFETY.misses_to_stop + RAMP_S
+RIVALS_S = 0.25
 WATCHDOG_S = SAFETY.watchdog_s + 2 * PERIOD_S
 RESULTS = "JETVLA_FAULT_RESULTS"
 HEADER = ("fault", "what is promised", "bound", "seen")

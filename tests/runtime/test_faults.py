@@ -19,7 +19,9 @@ from bundle.errors import BackendError, BundleError, CommandError, WatchdogError
 from bundle.manifest import Manifest
 from runtime.cameras.simulated import Fault as CameraFault
 from runtime.commands.base import CommandSink, Twist
+from runtime.commands.select import competitors, open_sink
 from runtime.policy import Policy
+from runtime.robot_file import DdsCommands
 from runtime.safety import LEVELS
 from tests.bundles import Tiny
 from tests.robots import EAGER, SAFETY, robot_file
@@ -28,6 +30,7 @@ from tests.runtime.faults import (
     LATE_S,
     PERIOD_S,
     RAMP_S,
+    RIVALS_S,
     STALE_S,
     UNDECIDED_S,
     WATCHDOG_S,
@@ -408,6 +411,50 @@ def test_a_second_controller_that_comes_later_is_given_way_to(manifest: Manifest
     with Rig(manifest, rivals=lambda: others) as rig:
         stands_after(rig, lambda: others.append("a joystick"))
         assert any("a joystick" in note.text for note in rig.heard.notes)
+
+
+def test_others_are_looked_for_several_times_a_second(manifest: Manifest) -> None:
+    """In rounds, of which there are 20 a second at most: on a slow machine fewer lie between two looks, never more."""
+    looks: list[int] = []
+
+    def look() -> tuple[str, ...]:
+        looks.append(len(rig.heard.published))
+        return ()
+
+    rig = Rig(manifest, rivals=look)
+    with rig:
+        rig.until(lambda: len(looks) >= 6)
+    assert max(np.diff(looks)) <= RIVALS_S / PERIOD_S + 2
+
+
+RIVAL = fault(
+    "a second controller for an instant",
+    "given way to until a new instruction, also where it was gone before anybody looked (DDS)",
+    RIVALS_S + RAMP_S,
+    "0.25 s to notice + stop_within_s + 2 rounds",
+)
+
+
+def test_a_second_controller_that_is_gone_again_is_given_way_to(manifest: Manifest, domain: int) -> None:
+    pytest.importorskip("cyclonedds")
+    topic = DdsCommands(domain=domain)
+    ours = open_sink(topic)
+    holding = threading.Event()
+
+    def look() -> tuple[str, ...]:
+        return () if holding.is_set() else competitors(ours, wait_s=0.0)
+
+    def come_and_go() -> None:
+        holding.set()  # so that it is over before anybody has looked, however fast the loop is
+        open_sink(topic).close()
+        holding.clear()
+
+    with Rig(manifest, rivals=look) as rig:
+        seen = stands_after(rig, come_and_go)
+        assert any("somebody else sends commands" in note.text for note in rig.heard.notes)
+        recovers(rig, lambda: rig.loop.instruct("go"))
+    ours.close()
+    judge(RIVAL, seen)
 
 
 def test_a_robot_that_stood_for_long_does_not_drive_off_by_itself(manifest: Manifest) -> None:

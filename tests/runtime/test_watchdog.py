@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -300,6 +301,30 @@ def test_a_watchdog_that_hangs_is_noticed_and_does_not_hang_the_end(plant: FakeP
         assert time.monotonic() - stopped < 10
         assert "no sign of life for 1" in str(error)
         assert is_running(watchdog.pid)
+    assert not is_running(watchdog.pid)
+
+
+def test_closing_a_frozen_one_waits_once(plant: FakePlant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All waits share one limit: counted by what was asked for, so a slow machine changes nothing."""
+    asked_s: list[float] = []
+    watchdog = Watchdog.start(commands(plant), LONG_S)
+    select_now, wait_now = select.select, watchdog._process.wait
+
+    def selecting(*args: object) -> object:
+        asked_s.append(float(str(args[3])))
+        return select_now(*args)  # type: ignore[call-overload]
+
+    def waiting(timeout: float | None = None) -> int:
+        asked_s.append(0.0 if timeout is None else timeout)
+        return wait_now(timeout)
+
+    drive(plant, watchdog)
+    os.kill(watchdog.pid, signal.SIGSTOP)
+    monkeypatch.setattr(watchdog_module.select, "select", selecting)
+    monkeypatch.setattr(watchdog._process, "wait", waiting)
+    watchdog.close()
+    assert asked_s[0] == 5.0
+    assert sum(asked_s) <= 5.0
     assert not is_running(watchdog.pid)
 
 

@@ -262,6 +262,41 @@ def test_other_controllers_are_found_wherever_they_run(domain: int) -> None:
             assert identity(late) != identity(sink)
 
 
+# Another controller that is there for a second. argv: domain, topic.
+VISITOR = RIVAL.replace("time.sleep(600)", "time.sleep(1)\nsink.close()")
+
+
+def test_a_controller_that_came_and_went_is_told_of_once(domain: int) -> None:
+    with opened(DdsCommands(domain=domain)) as sink:
+        with running(VISITOR, domain, "/other/cmd_vel") as elsewhere, running(VISITOR, domain, "cmd_vel") as visitor:
+            visitor_identity = line(visitor)
+            assert (elsewhere.wait(PATIENCE_S), visitor.wait(PATIENCE_S)) == (0, 0)
+            deadline = time.monotonic() + PATIENCE_S
+            while not (found := competitors(sink, wait_s=0.0)):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        assert found == (f"participant {visitor_identity}, which is gone again",)
+        assert competitors(sink, wait_s=0.0) == ()
+        with opened(DdsCommands(domain=domain)) as ours:
+            ours_identity = identity(ours)
+        time.sleep(0.2)
+        assert competitors(sink, exclude=[ours_identity], wait_s=0.0) == ()
+
+
+def test_looking_for_other_controllers_keeps_none_of_those_that_went(domain: int) -> None:
+    with opened(DdsCommands(domain=domain)) as sink:
+        for _ in range(5):
+            with opened(DdsCommands(domain=domain)) as other:
+                deadline = time.monotonic() + PATIENCE_S
+                while not competitors(sink, wait_s=0.0):
+                    assert time.monotonic() < deadline
+                assert len(competitors(sink, wait_s=0.0)) == 1, "as long as it is there"
+                assert competitors(sink, exclude=[identity(other)], wait_s=0.0) == ()
+            while competitors(sink, wait_s=0.0):  # until it is said that it left
+                assert time.monotonic() < deadline
+        assert len(sink._writing) == 1, "its own"
+
+
 @pytest.mark.parametrize(("base", "stamped"), [("stamped", False), ("twist", True)])
 def test_a_base_that_takes_the_other_type_is_named(domain: int, base: str, stamped: bool) -> None:
     with opened(DdsCommands(domain=domain, stamped=stamped)) as sink, receiver(domain, base):
