@@ -62,9 +62,8 @@ TABLE_HEADER_ITEMS = 1_000_000
 TABLE_FREE_BYTES, TABLE_BYTES_A_BYTE = 64 << 20, 2  # unpacked; pictures and sensor values hardly shrink
 RECORDING_CHUNK_BYTES = 128 << 20  # of MCAP, unpacked
 RECORDING_FREE_BYTES, RECORDING_BYTES_A_BYTE = 256 << 20, 50
-RECORDED_RECORD_BYTES = (
-    64 << 20
-)  # of a record of our own recorder, which ends chunks at 8 MB and the message that exceeds them
+# Of a record of our own recorder, which ends chunks at 8 MB and the message that exceeds them.
+RECORDED_RECORD_BYTES = 64 << 20
 RECORDING_MESSAGES, RECORDING_BYTES_A_MESSAGE = 200_000, 64
 
 _SHOWN = 80

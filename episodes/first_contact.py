@@ -22,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from bundle.errors import EpisodeError
-from episodes.isolation import death_of
+from episodes.isolation import death_of, end_child
 from episodes.layout import Schema
 from episodes.storage import LINKS_SWITCH
 
@@ -76,12 +76,8 @@ class _Child:
 
     def end(self) -> None:
         """Kill it."""
-        self._process.kill()
-        with suppress(subprocess.TimeoutExpired):  # a process that waits for a lost network disk cannot be killed
-            self._process.wait(_SECONDS_TO_DIE)
-        for file in (self._process.stdin, self._process.stdout, self._noise):
-            if file is not None:
-                file.close()
+        end_child(self._process)
+        self._noise.close()
 
 
 _lock = threading.Lock()

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from episodes.findings import Examination, Problem, from_json
 
-__all__ = ["death_of", "examine_all", "examine_isolated"]
+__all__ = ["death_of", "end_child", "examine_all", "examine_isolated"]
 
 _ROOT = Path(__file__).resolve().parent.parent
 _COMMAND: tuple[str, ...] = (sys.executable, str(Path(__file__).with_name("examine_one.py")))
@@ -47,12 +47,7 @@ def examine_isolated(path: Path, *, timeout_s: float, command: Sequence[str] = _
     except subprocess.TimeoutExpired:
         return _lost(path, "hung", f"reading it did not end within {timeout_s:g} s", _hint_hung(timeout_s))
     finally:
-        child.kill()
-        with suppress(subprocess.TimeoutExpired):  # a process that waits for a lost network disk cannot be killed
-            child.wait(_SECONDS_TO_DIE)
-        for pipe in (child.stdout, child.stderr):
-            if pipe is not None:
-                pipe.close()
+        end_child(child)
     # A process that dies after its answer, while it closes the file, would die in training too.
     if child.returncode == 0:
         with suppress(IndexError, ValueError, TypeError, KeyError):
@@ -92,6 +87,20 @@ def _lost(path: Path, code: str, text: str, hint: str) -> Examination:
 
 def _hint_hung(timeout_s: float) -> str:
     return f"is the disk or network slow? Then try --timeout-s {timeout_s * 5:g}. Otherwise {_COPY_AGAIN}"
+
+
+def end_child(child: subprocess.Popen[bytes], patience_s: float = _SECONDS_TO_DIE) -> None:
+    """Kill a process, if it still runs, and close its pipes.
+
+    Args:
+        patience_s: one that waits for a lost network disk cannot be killed, and is left behind after so long.
+    """
+    child.kill()
+    with suppress(subprocess.TimeoutExpired):
+        child.wait(patience_s)
+    for pipe in (child.stdin, child.stdout, child.stderr):
+        if pipe is not None:
+            pipe.close()
 
 
 def death_of(status: int) -> str:

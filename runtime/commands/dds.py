@@ -180,12 +180,16 @@ class DdsSink:
             samples = self._writers.take(N=_MOST_WRITERS, condition=self._changed)
             for one in samples:
                 key = str(one.key)
-                if one.sample_info.instance_state != self._instance_alive:
-                    # A writer that had not been seen yet carries its topic all the same.
-                    if self._writing.pop(key, None) is None and one.sample_info.valid_data:
-                        gone |= {str(one.participant_key)} if one.topic_name == self._topic_name else set()
-                elif one.topic_name == self._topic_name:
-                    self._writing[key] = str(one.participant_key)
+                if one.sample_info.instance_state == self._instance_alive:
+                    if one.topic_name == self._topic_name:
+                        self._writing[key] = str(one.participant_key)
+                # A writer that had not been seen yet carries its topic all the same.
+                elif (
+                    self._writing.pop(key, None) is None
+                    and one.sample_info.valid_data
+                    and one.topic_name == self._topic_name
+                ):
+                    gone.add(str(one.participant_key))
             if len(samples) < _MOST_WRITERS:
                 return gone
 

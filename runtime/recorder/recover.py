@@ -13,10 +13,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
-from episodes.isolation import death_of
+from episodes.isolation import death_of, end_child
 from episodes.recording_repair import is_finished
 from runtime.recorder.disk_budget import recordings
 
@@ -69,11 +68,7 @@ def recover_file(path: Path, tell: Callable[[str], None] = _silence, stop: threa
     try:
         said = _answer(child, stop)
     finally:
-        child.kill()
-        with suppress(subprocess.TimeoutExpired):  # it waits for a disk that does not answer
-            child.wait(_SECONDS_TO_DIE)
-        if child.stdout is not None:
-            child.stdout.close()
+        end_child(child, _SECONDS_TO_DIE)
     if said:
         tell(f"left {path.name} unfinished: {said}")
     try:

@@ -48,19 +48,14 @@ class LimitedProtocol(H11Protocol):
 
     _timer: asyncio.TimerHandle | None = None
     """Runs while a request is awaited or has not come as a whole."""
-    _since_s = 0.0
-    """On the loop's clock: when the request that is awaited was begun, else when the last answer was given."""
+    since_s = 0.0
+    """Silent since then, on the loop's clock: the request that is awaited was begun, or else the last answer was given."""
     _decided_s = float("-inf")
 
     @property
     def host(self) -> str:
         """The other side's address."""
         return "" if self.client is None else self.client[0]
-
-    @property
-    def since_s(self) -> float:
-        """Silent since then."""
-        return self._since_s
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -80,7 +75,7 @@ class LimitedProtocol(H11Protocol):
         if now_s - self._decided_s < _DRIVING_S:
             return _DRIVING
         if self._timer is not None or not answered:
-            return _ARRIVING if now_s - self._since_s < _ARRIVING_S else _LATE
+            return _ARRIVING if now_s - self.since_s < _ARRIVING_S else _LATE
         return _SILENT if standing.trusted else _STRANGER
 
     def drop(self) -> None:
@@ -97,9 +92,9 @@ class LimitedProtocol(H11Protocol):
             self._stop_timer()
 
     def on_response_complete(self) -> None:
-        self._since_s = self.loop.time()
+        self.since_s = self.loop.time()
         if self._standing.decided:
-            self._decided_s = self._since_s
+            self._decided_s = self.since_s
         if self.conn.their_state is h11.SEND_BODY:
             self.transport.close()  # the guard has read enough of what is left of the request
         super().on_response_complete()
@@ -144,7 +139,7 @@ class LimitedProtocol(H11Protocol):
         return standing
 
     def _await_request(self) -> None:
-        self._since_s = self.loop.time()
+        self.since_s = self.loop.time()
         self._timer = self.loop.call_later(self.request_timeout_s + _GRACE_S, self.drop)
 
     def _stop_timer(self) -> None:
