@@ -161,16 +161,26 @@ def test_replay_of_a_file_that_hangs_the_library(bundle: Path, tmp_path: Path) -
 
 def _reads_episodes(process: Path) -> bool:
     """Whether it is the child that opens files first, and has begun: it ignores Ctrl-C then."""
-    if b"first_contact_child" not in (process / "cmdline").read_bytes():
+    try:
+        if b"first_contact_child" not in (process / "cmdline").read_bytes():
+            return False
+        (ignored,) = (line for line in (process / "status").read_text().splitlines() if line.startswith("SigIgn:"))
+    except (FileNotFoundError, ProcessLookupError):  # another one, which ended since it was listed
         return False
-    (ignored,) = (line for line in (process / "status").read_text().splitlines() if line.startswith("SigIgn:"))
     return bool(int(ignored.split()[1], 16) & 1 << signal.SIGINT - 1)
 
 
 def test_ctrl_c_ends_a_replay_while_its_file_hangs_the_library(bundle: Path, tmp_path: Path) -> None:
     path = write_hanging(tmp_path, where="observations/images")
     command = [sys.executable, "-W", "error", SCRIPT, str(bundle), "--replay", str(path)]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where the tests run in a shell's background, SIGINT is ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         found: list[Path] = []
         while process.poll() is None and not found:
